@@ -1,0 +1,104 @@
+"""An adapter as read from disk: which module gets which delta, and where every tensor of the file went."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorasmith.deltas import Delta
+from lorasmith.errors import NotFinite
+from lorasmith.safefile import Header, Reader, TensorEntry
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
+_EXPONENTS["F64"] = ("<u8", 0x7FF0000000000000)
+
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True)
+class ModuleDelta:
+    """The delta an adapter has for ``module``'s ``parameter`` (weight or bias), in the module's orientation.
+
+    ``stored_as_base`` is True where the adapter stores the tensor the way the base does, so that it must not be
+    transposed to fit (embeddings, replacements).
+    """
+
+    module: str
+    parameter: str
+    delta: Delta
+    tensors: tuple[str, ...]
+    stored_as_base: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter: ``deltas`` in the file's order.
+
+    ``ignored`` are tensors that carry no change (copies of base weights in raw state dicts). ``names_base`` is the
+    base its config names. ``fan_in_fan_out`` is the config's word on weights stored as (in, out), None without one.
+    ``scale_assumed`` says that no alpha was found anywhere and the scale was taken to be 1.
+    """
+
+    path: str
+    file: str
+    deltas: tuple[ModuleDelta, ...]
+    ignored: tuple[str, ...]
+    sha256: str
+    config: Mapping[str, object]
+    names_base: str | None
+    fan_in_fan_out: bool | None
+    scale_assumed: bool
+    side_files: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tensor_count(self) -> int:
+        """All tensors of the file: every one is in a delta or ignored."""
+        return sum(len(one.tensors) for one in self.deltas) + len(self.ignored)
+
+
+def digest(header: Header) -> str:
+    """The SHA-256 of the whole file, having checked that every float in it is finite.
+
+    Raises NotFinite with the first tensor that holds a NaN or an infinity.
+    """
+    import numpy as np
+
+    reader = Reader(header.file)
+    sha = hashlib.sha256()
+    buffer = np.empty(_BLOCK, np.uint8)
+
+    def blocks(start: int, stop: int) -> Iterator[npt.NDArray[np.uint8]]:
+        for position in range(start, stop, _BLOCK):
+            block = buffer[: min(_BLOCK, stop - position)]
+            reader.into(memoryview(block), position)
+            sha.update(block)
+            yield block
+
+    try:
+        for _ in blocks(0, header.data_start):
+            pass
+        for entry in header.entries:
+            for block in blocks(entry.start, entry.start + entry.nbytes):
+                _require_finite(entry, block)
+    finally:
+        reader.close()
+    return sha.hexdigest()
+
+
+def _require_finite(entry: TensorEntry, block: npt.NDArray[np.uint8]) -> None:
+    if entry.dtype not in _EXPONENTS:
+        return
+    word, exponent = _EXPONENTS[entry.dtype]
+    bits = block.view(word) & exponent
+    if (bits == exponent).any():
+        raise NotFinite(
+            f"{entry.file}: tensor {entry.name!r} holds a NaN or an infinity; "
+            "the training run diverged, or the file is damaged"
+        )

@@ -1,0 +1,156 @@
+"""One thread's work: its reused buffers and the arithmetic, W0 + Σ factor·ΔW, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from lorasmith.deltas import OpenDelta
+from lorasmith.deltas.low_rank import LowRank, read_tensor, stack
+from lorasmith.dtypes import itemsize, torch_dtype
+from lorasmith.execution.blocks import BLOCK_ELEMENTS, Task, block_rows, blocks, grid
+from lorasmith.records import Convert, Copy, Merge, Term, Write
+from lorasmith.rounding import SAMPLE_EVERY, SAMPLED_ROWS, Sample, round_into, sample
+from lorasmith.safefile import PAGE, AlignedBuffer, Reader, Writer, share_range
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Worker:
+    """Carries out tasks one after the other; every thread has its own."""
+
+    def __init__(self, panel: int, readers: Mapping[str, Reader], *, allow_overflow: bool) -> None:
+        self._panel = AlignedBuffer(panel)
+        self._readers = readers
+        self._allow_overflow = allow_overflow
+        self._can_share = True
+        self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._opened_step: Merge | None = None
+        self._opened: list[tuple[OpenDelta, float]] = []
+        self.samples: list[Sample] = []
+
+    def run(self, task: Task, writer: Writer) -> int:
+        """Carry out one task; the bytes it wrote."""
+        step = task.step
+        if isinstance(step, Write):
+            writer.write_bytes(step.data, step.offset)
+            return step.nbytes
+        if isinstance(step, Copy):
+            return self._copy(step, task.start, task.stop, writer)
+        return self._convert(step, task.start, task.stop, writer)
+
+    def _copy(self, step: Copy, start: int, stop: int, writer: Writer) -> int:
+        offset, nbytes = step.offset + start, stop - start
+        shared = self._share(step, offset, nbytes, writer) if step.start == step.offset else 0
+        if not shared:
+            self._move(step, offset, nbytes, writer)
+        else:
+            head = -offset % PAGE
+            self._move(step, offset, head, writer)
+            self._move(step, offset + head + shared, nbytes - head - shared, writer)
+        return nbytes
+
+    def _share(self, step: Copy, offset: int, nbytes: int, writer: Writer) -> int:
+        """Let the result share the whole pages of a range with the base, at no cost; how many bytes were shared."""
+        head = -offset % PAGE
+        body = (nbytes - head) // PAGE * PAGE
+        if not self._can_share or body <= 0:
+            return 0
+        self._can_share = share_range(self._readers[step.source].fd, writer.fd, offset + head, body)
+        return body if self._can_share else 0
+
+    def _move(self, step: Copy, offset: int, nbytes: int, writer: Writer) -> None:
+        place = offset % PAGE
+        start = step.start + offset - step.offset
+        self._readers[step.source].into(self._panel.view[place : place + nbytes], start)
+        writer.write(self._panel, place, nbytes, offset)
+
+    def _convert(self, step: Convert, start: int, stop: int, writer: Writer) -> int:
+        columns, size = grid(step)[1], itemsize(step.dtype)
+        offset, nbytes = step.offset + start * columns * size, (stop - start) * columns * size
+        place = offset % PAGE if offset % size == 0 else 0
+        out = self._panel_tensor(step.dtype, place, stop - start, columns)
+        for rows in blocks(step, start, stop):
+            self._block(step, rows, out[rows.start - start : rows.stop - start])
+        writer.write(self._panel, place, nbytes, offset)
+        return nbytes
+
+    def _block(self, step: Convert, rows: slice, out: torch.Tensor) -> None:
+        stored = self._read_rows(step, rows)
+        acc = self._buffer("acc", self._sum_dtype(step), *stored.shape).copy_(stored)
+        if isinstance(step, Merge):
+            self._add(step, acc, acc, rows)
+        name = step.entry.name
+        round_into(out, acc, stored, name, step.dtype, saturate=self._allow_overflow)
+        number = rows.start // block_rows(step)
+        if isinstance(step, Merge) and number % SAMPLE_EVERY == 0:
+            self._sample(step, number, rows, out, stored)
+
+    def _add(self, step: Merge, acc: torch.Tensor, base: torch.Tensor, rows: slice) -> None:
+        """Add every term to ``acc``; ``base`` holds the base's rows (it may be ``acc`` itself)."""
+        needed = any(term.delta.needs_base for term in step.terms)
+        w0 = self._buffer("w0", acc.dtype, *base.shape).copy_(base) if needed else None
+        for opened, factor in self._open(step):
+            opened.add_to(acc, w0, rows, factor)
+
+    def _sample(self, step: Merge, number: int, rows: slice, out: torch.Tensor, stored: torch.Tensor) -> None:
+        import torch
+
+        few = slice(rows.start, min(rows.stop, rows.start + SAMPLED_ROWS))
+        height = few.stop - few.start
+        base = stored[:height].to(self._sum_dtype(step))
+        delta = torch.zeros_like(base)
+        self._add(step, delta, base, few)
+        self.samples.append(sample(step.entry.name, number, out[:height], base, delta))
+
+    def _open(self, step: Merge) -> list[tuple[OpenDelta, float]]:
+        """The step's deltas, opened; kept until another step comes."""
+        if self._opened_step is not step:
+            self._opened_step, self._opened = None, []
+            dtype = self._sum_dtype(step)
+
+            def base() -> Iterator[tuple[slice, torch.Tensor]]:
+                for rows in blocks(step, 0, grid(step)[0]):
+                    yield rows, self._read_rows(step, rows).to(dtype)
+
+            self._opened = [(term.delta.open(dtype, base), term.factor) for term in _stacked(step.terms)]
+            self._opened_step = step
+        return self._opened
+
+    def _read_rows(self, step: Convert, rows: slice) -> torch.Tensor:
+        entry, columns = step.entry, grid(step)[1]
+        stored = self._buffer("stored", torch_dtype(entry.dtype), rows.stop - rows.start, columns)
+        read_tensor(self._readers[entry.file], stored, entry.start + rows.start * columns * itemsize(entry.dtype))
+        return stored
+
+    def _sum_dtype(self, step: Convert) -> torch.dtype:
+        return torch_dtype("F64" if step.entry.dtype == "F64" else "F32")
+
+    def _buffer(self, use: str, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+        """Memory that is used again and again: fresh pages would cost more than the arithmetic."""
+        import torch
+
+        memory = self._scratch.get((use, dtype))
+        if memory is None or memory.numel() < rows * columns:
+            memory = self._scratch[use, dtype] = torch.empty(max(rows * columns, BLOCK_ELEMENTS), dtype=dtype)
+        return memory[: rows * columns].view(rows, columns)
+
+    def _panel_tensor(self, dtype: str, start: int, rows: int, columns: int) -> torch.Tensor:
+        import torch
+
+        flat = torch.frombuffer(self._panel.memory, dtype=torch_dtype(dtype), offset=start, count=rows * columns)
+        return flat.view(rows, columns)
+
+
+def _stacked(terms: tuple[Term, ...]) -> list[Term]:
+    """All low-rank terms as one, the others as they are."""
+    low: list[tuple[LowRank, float]] = []
+    rest: list[Term] = []
+    for term in terms:
+        factors = term.delta.low_rank()
+        if factors is None:
+            rest.append(term)
+        else:
+            low.append((factors, term.factor))
+    return ([Term(stack(low), 1.0, -1)] if low else []) + rest

@@ -1,0 +1,72 @@
+"""Adapter dialects: one file each. A dialect recognises its tensor names and reads them into an Adapter."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from lorasmith.adapter import Adapter
+from lorasmith.checkpoint import require_path
+from lorasmith.errors import AdapterMismatch, BadFile, MissingFile, Unsupported, listed
+from lorasmith.formats import peft
+from lorasmith.safefile import Header, read_header
+
+FORMATS = {"peft": peft}
+"""Every dialect that can be read: modules with ``recognises(header)`` and ``read(source)``."""
+
+_FOREIGN = (
+    (re.compile(r"^lora_(unet|te\d?|transformer)_|\.lora_(up|down)\.weight$"), "a kohya (sd-scripts) LoRA"),
+    (re.compile(r"\.(hada_w|lokr_w)"), "a LyCORIS adapter (LoHa or LoKr)"),
+    (re.compile(r"\.lora_[ab]$|\.lora_a\.weight$"), "an mlx or torchtune LoRA"),
+    (re.compile(r"^(unet|text_encoder|transformer)\..*\.(lora_A|lora\.down)"), "a diffusers pipeline LoRA"),
+)
+
+
+def read_adapter(path: str) -> Adapter:
+    """Read an adapter folder or file: names, shapes, scales and the digest of its contents.
+
+    Raises MissingFile, BadFile, Unsupported (by name, for what cannot be merged), NotFinite.
+    """
+    require_path(path)
+    file = _adapter_file(path) if os.path.isdir(path) else path
+    header = read_header(file)
+    if not header.entries:
+        raise BadFile(f"{file} holds no tensors at all")
+    for dialect in FORMATS.values():
+        if dialect.recognises(header):
+            return dialect.read(path, header)
+    raise _unrecognised(header)
+
+
+def _adapter_file(folder: str) -> str:
+    names = sorted(os.listdir(folder))
+    if "adapter_model.safetensors" in names:
+        return os.path.join(folder, "adapter_model.safetensors")
+    if "adapter_model.bin" in names:
+        raise Unsupported(
+            f"{folder} holds a pickled adapter (adapter_model.bin), which is not supported yet; "
+            "load it with PEFT and save it again as safetensors"
+        )
+    inner = [name for name in names if os.path.isfile(os.path.join(folder, name, "adapter_model.safetensors"))]
+    if inner:
+        raise MissingFile(
+            f"{folder} is not an adapter itself but holds {len(inner)}: "
+            f"{listed([os.path.join(folder, name) for name in inner], most=10)}; name the one you mean"
+        )
+    if "config.json" in names:
+        raise MissingFile(
+            f"{folder} looks like a model, not an adapter: it has no adapter_model.safetensors. "
+            "The base comes first: lorasmith merge BASE ADAPTER"
+        )
+    raise MissingFile(f"{folder} holds no adapter_model.safetensors; is it an adapter folder?")
+
+
+def _unrecognised(header: Header) -> Exception:
+    names = [entry.name for entry in header.entries]
+    for pattern, what in _FOREIGN:
+        if any(pattern.search(name) for name in names):
+            return Unsupported(f"{header.file} looks like {what}, a dialect that is not supported yet")
+    return AdapterMismatch(
+        f"{header.file} holds no LoRA tensors (*.lora_A.weight); it begins with {listed(names)}. "
+        "Is it a model rather than an adapter?"
+    )

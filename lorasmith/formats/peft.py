@@ -1,0 +1,382 @@
+"""PEFT's LoRA: ``adapter_config.json`` and ``adapter_model.safetensors``, or the latter alone.
+
+Names are ``base_model.model.<module>.lora_A.weight`` and so on (PEFT, ``get_peft_model_state_dict``). In the wild
+they come with the adapter's name inside (``lora_A.default.weight``), without the prefix, and with the marks that
+torch.compile, DDP and FSDP leave in module paths; all of these mean the same module.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorasmith.adapter import Adapter, ModuleDelta, digest
+from lorasmith.checkpoint import TOKENIZER_FILES
+from lorasmith.deltas import Delta
+from lorasmith.deltas.dora import Dora
+from lorasmith.deltas.low_rank import Factor, LowRank, Product, lora
+from lorasmith.deltas.replacement import Replacement
+from lorasmith.dtypes import FLOATS
+from lorasmith.errors import AdapterMismatch, BadFile, Unsupported, listed
+from lorasmith.safefile import Header, Reader, TensorEntry, parse_json, read_json
+
+ROLES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_ROLE = re.compile(rf"^(?P<module>.*?)\.?\b(?P<role>{'|'.join(ROLES)})(?P<rest>(?:\.[^.]+)*)$")
+
+RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that change the base: an unconverted adapter is relative to that changed base."""
+
+REFUSED_OPTIONS = {
+    "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "aLoRA (active only after its invocation tokens, so it cannot be merged)",
+    "arrow_config": "Arrow routing (chosen per token, so it cannot be merged)",
+    "kasa_config": "KaSA",
+    "use_bdlora": "BD-LoRA",
+    "layer_replication": "layer_replication",
+    "target_parameters": "target_parameters (expert weights)",
+    "trainable_token_indices": "trainable_token_indices",
+    "modules_to_save": "modules_to_save",
+    "lora_bias": "lora_bias",
+    "megatron_config": "Megatron parallel layers",
+    "lora_B_layout": "Unsloth's expert layout",
+}
+"""Options of a LoraConfig that change what the tensors mean and are not merged yet, by what to call them."""
+
+KNOWN_OPTIONS = frozenset(
+    """alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
+    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config
+    lora_alpha lora_dropout lora_ga_config megatron_core modules_to_save monteclora_config peft_type peft_version
+    qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_dora use_rslora
+    velora_config inner_lora_dropout train_mlp train_attn train_unembed merge_weights enable_lora
+    """.split()
+) | frozenset(REFUSED_OPTIONS)
+
+
+@dataclass
+class _Parts:
+    """The tensors of one module, by role."""
+
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    alpha: TensorEntry | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        entries = [*self.tensors.values(), *([self.alpha] if self.alpha else [])]
+        return tuple(entry.name for entry in entries)
+
+
+def recognises(header: Header) -> bool:
+    """Whether any tensor has one of PEFT's LoRA names."""
+    return any(_ROLE.match(entry.name) for entry in header.entries)
+
+
+def read(path: str, header: Header) -> Adapter:
+    """Read the adapter at ``path`` whose tensors ``header`` lists."""
+    config, config_source = _config(path, header)
+    where = config_source or header.file
+    _refuse_options(where, config)
+    modules, replacements, ignored = _sort_tensors(header)
+    scales = _Scales(where, config, known=config_source is not None)
+    deltas = [
+        ModuleDelta(
+            module, "weight", _delta(header.file, module, parts, scales), parts.names, _is_embedding(parts)
+        )
+        for module, parts in modules.items()
+    ]
+    deltas += replacements
+    names_base = config.get("base_model_name_or_path")
+    flag = config.get("fan_in_fan_out")
+    return Adapter(
+        path=path,
+        file=header.file,
+        deltas=tuple(deltas),
+        ignored=tuple(ignored),
+        sha256=digest(header),
+        config=config,
+        names_base=names_base if isinstance(names_base, str) and names_base else None,
+        fan_in_fan_out=flag if isinstance(flag, bool) else None,
+        scale_assumed=scales.assumed,
+        side_files=_side_files(path),
+        notes=_notes(where, config),
+    )
+
+
+def clean_module(name: str) -> str:
+    """The module's own path, without PEFT's prefix and without wrappers' marks."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts and parts[0] == "module":
+        parts.pop(0)
+    if parts[:1] == ["base_model"]:
+        parts = parts[2:] if parts[1:2] == ["model"] else parts[1:]
+        while parts and parts[0] == "module":
+            parts.pop(0)
+    return ".".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+def _config(path: str, header: Header) -> tuple[dict[str, Any], str | None]:
+    """The LoraConfig and where it was found: beside the tensors, or in the file's own metadata."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    beside = os.path.join(folder, "adapter_config.json")
+    own = os.path.isdir(path) or os.path.basename(path).startswith("adapter_model.")
+    inside = _metadata_config(header)
+    if own and os.path.isfile(beside):
+        config = read_json(beside)
+        for key in ("r", "lora_alpha", "use_rslora"):
+            if inside is not None and key in inside and key in config and inside[key] != config[key]:
+                raise BadFile(
+                    f"{beside} says {key} = {config[key]!r} and the metadata in {header.file} says {inside[key]!r}; "
+                    "the two files are not of one adapter"
+                )
+        return config, beside
+    if os.path.isdir(path):
+        raise BadFile(f"{path} has no adapter_config.json, so the scale of its deltas is unknown; copy it from the training run")
+    if inside is not None:
+        return inside, header.file
+    return {}, None
+
+
+def _metadata_config(header: Header) -> dict[str, Any] | None:
+    text = header.metadata.get("lora_adapter_metadata")
+    if text is None:
+        return None
+    config = parse_json(f"{header.file} (lora_adapter_metadata)", text.encode())
+    if not isinstance(config, dict):
+        raise BadFile(f"{header.file}: lora_adapter_metadata in the header is not a JSON object")
+    return config
+
+
+def _refuse_options(where: str, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise Unsupported(f"{where} is a {kind} adapter; lorasmith merges LORA (with rsLoRA and DoRA) so far")
+    for option, name in REFUSED_OPTIONS.items():
+        if config.get(option):
+            raise Unsupported(f"{where} uses {name} ({option} = {config[option]!r:.80}), which is not supported")
+    if config.get("bias", "none") != "none":
+        raise Unsupported(f"{where} trained the base's biases (bias = {config['bias']!r}), which is not supported yet")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS):
+        raise Unsupported(
+            f"{where} was initialised with {init}, which changes the base: its delta is against that changed base, "
+            "not against the one you have. Save it again with PEFT's path_initial_model_for_weight_conversion"
+        )
+
+
+def _notes(where: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    unknown = sorted(key for key, value in config.items() if key not in KNOWN_OPTIONS and value not in (None, False))
+    return (f"{where} sets options that lorasmith does not know and ignores: {listed(unknown)}",) if unknown else ()
+
+
+def _side_files(path: str) -> dict[str, str]:
+    """The tokenizer files beside an adapter that is a folder."""
+    if not os.path.isdir(path):
+        return {}
+    found = {name: os.path.join(path, name) for name in TOKENIZER_FILES}
+    return {name: file for name, file in found.items() if os.path.isfile(file)}
+
+
+class _Scales:
+    """What each module's product is multiplied with.
+
+    The rule is PEFT's (``LoraModel._create_and_replace``, ``get_pattern_key``): the first pattern, in the config's
+    order, that matches the end of the module's path at a dot decides.
+    """
+
+    def __init__(self, where: str, config: Mapping[str, Any], *, known: bool) -> None:
+        self._where = where
+        self._known = known
+        self._r = self._number(config, "r", 8)
+        self._alpha = self._number(config, "lora_alpha", 8)
+        self._rslora = bool(config.get("use_rslora"))
+        self._ranks = self._pattern(config, "rank_pattern")
+        self._alphas = self._pattern(config, "alpha_pattern")
+        self.assumed = False
+
+    def of(self, module: str, rank: int, alpha: float | None) -> float:
+        """alpha/rank, or alpha/√rank; an ``.alpha`` tensor must agree with the config."""
+        if not self._known:
+            self.assumed |= alpha is None
+            return 1.0 if alpha is None else alpha / rank
+        r, ours = self._lookup(self._ranks, module, self._r), self._lookup(self._alphas, module, self._alpha)
+        if r != rank:
+            raise AdapterMismatch(
+                f"{self._where}: module {module!r} has rank {rank}, but the config says r = {r:g}; "
+                "the config belongs to another adapter, or rank_pattern was lost"
+            )
+        if alpha is not None and alpha != ours:
+            raise AdapterMismatch(f"{self._where}: module {module!r} has alpha {alpha:g} in its tensors and {ours:g} in the config")
+        return ours / math.sqrt(rank) if self._rslora else ours / rank
+
+    def _lookup(self, patterns: Mapping[str, float], module: str, default: float) -> float:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return default
+
+    def _number(self, config: Mapping[str, Any], key: str, default: float) -> float:
+        value = config.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise BadFile(f"{self._where}: {key} = {value!r} is not a number")
+        return value
+
+    def _pattern(self, config: Mapping[str, Any], key: str) -> dict[str, float]:
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise BadFile(f"{self._where}: {key} must map module patterns to numbers")
+        for pattern in patterns:
+            self._number(patterns, pattern, 0)
+            try:
+                re.compile(rf"(.*\.)?({pattern})$")
+            except re.error as error:
+                raise BadFile(f"{self._where}: {key} has the broken pattern {pattern!r}: {error}") from None
+        return patterns
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def _sort_tensors(header: Header) -> tuple[dict[str, _Parts], list[ModuleDelta], list[str]]:
+    modules: dict[str, _Parts] = {}
+    replacements: list[ModuleDelta] = []
+    ignored: list[str] = []
+    adapters: set[str] = set()
+    unknown: list[str] = []
+    for entry in header.entries:
+        match = _ROLE.match(entry.name)
+        if match:
+            role = _role(entry, match, adapters)
+            _put(modules.setdefault(clean_module(match["module"]), _Parts()), role, entry)
+        elif entry.name.endswith(".alpha"):
+            parts = modules.setdefault(clean_module(entry.name.removesuffix(".alpha")), _Parts())
+            if parts.alpha is not None:
+                raise BadFile(f"{header.file}: {entry.name!r} and {parts.alpha.name!r} name one alpha")
+            parts.alpha = entry
+        elif ".original_module." in entry.name:
+            ignored.append(entry.name)
+        elif entry.name.endswith((".base_layer.weight", ".base_layer.bias")):
+            module, parameter = entry.name.split(".base_layer.")
+            replacement = Replacement(_float(entry))
+            replacements.append(ModuleDelta(clean_module(module), parameter, replacement, (entry.name,), True))
+        else:
+            unknown.append(entry.name)
+    if len(adapters) > 1:
+        raise BadFile(f"{header.file} holds several adapters ({listed(sorted(adapters))}); save them one by one")
+    if unknown:
+        raise Unsupported(_describe_unknown(header.file, unknown))
+    return modules, replacements, ignored
+
+
+def _role(entry: TensorEntry, match: re.Match[str], adapters: set[str]) -> str:
+    """The role of a tensor; the adapter's name, if one is in the tensor's, goes into ``adapters``."""
+    rest = [part for part in match["rest"].split(".") if part]
+    leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
+    if leaf == "bias":
+        raise Unsupported(f"{entry.file}: tensor {entry.name!r} is a bias on the adapter (lora_bias), which is not supported yet")
+    if len(rest) > 1:
+        raise Unsupported(f"{entry.file}: the name {entry.name!r} is not one that PEFT writes")
+    adapters.update(rest)
+    return match["role"]
+
+
+def _put(parts: _Parts, role: str, entry: TensorEntry) -> None:
+    if role in parts.tensors:
+        raise BadFile(
+            f"{entry.file}: {entry.name!r} and {parts.tensors[role].name!r} are two names for the same tensor; "
+            "the file mixes two adapters"
+        )
+    parts.tensors[role] = _float(entry)
+
+
+def _float(entry: TensorEntry) -> TensorEntry:
+    if entry.dtype not in FLOATS:
+        raise Unsupported(f"{entry.file}: tensor {entry.name!r} is stored as {entry.dtype}; factors must be floating point")
+    return entry
+
+
+def _describe_unknown(file: str, names: list[str]) -> str:
+    kinds = {
+        ".modules_to_save.": "modules trained whole (modules_to_save)",
+        ".trainable_tokens_delta": "trained token rows (trainable_token_indices)",
+        ".lora_E": "AdaLoRA",
+        ".bias": "trained biases",
+        "lora_": "another kind of adapter",
+    }
+    what = next((kind for mark, kind in kinds.items() if any(mark in name for name in names)), None)
+    hint = f" ({what}, not supported yet)" if what else "; they would be lost, so nothing was merged"
+    return f"{file} holds {len(names)} tensors that are not LoRA factors: {listed(names)}{hint}"
+
+
+def _is_embedding(parts: _Parts) -> bool:
+    return "lora_embedding_A" in parts.tensors or "lora_embedding_B" in parts.tensors
+
+
+def _delta(file: str, module: str, parts: _Parts, scales: _Scales) -> Delta:
+    embedding = _is_embedding(parts)
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    a, b = (_factor(file, module, parts, name) for name in names)
+    rank = a.shape[0]
+    if b.shape[1] != rank:
+        raise AdapterMismatch(
+            f"{file}: {a.name!r} has rank {rank} and {b.name!r} has rank {b.shape[1]}; they are not of one adapter"
+        )
+    alpha = None if parts.alpha is None else _scalar(parts.alpha)
+    scale = scales.of(module, rank, alpha)
+    if embedding:
+        if "lora_magnitude_vector" in parts.tensors:
+            raise Unsupported(f"{file}: DoRA on the embedding {module!r} is not supported yet")
+        return LowRank((Product(Factor(a, flipped=True), Factor(b, flipped=True), scale),))
+    low_rank = lora(a, b, scale)
+    magnitude = parts.tensors.get("lora_magnitude_vector")
+    if magnitude is None:
+        return low_rank
+    if math.prod(magnitude.shape) != b.shape[0]:
+        raise AdapterMismatch(
+            f"{file}: {magnitude.name!r} has {math.prod(magnitude.shape)} magnitudes for {b.shape[0]} outputs"
+        )
+    return Dora(low_rank, magnitude)
+
+
+def _factor(file: str, module: str, parts: _Parts, name: str) -> TensorEntry:
+    entry = parts.tensors.get(name)
+    if entry is None:
+        has = listed(sorted(parts.tensors) or ["alpha"])
+        raise AdapterMismatch(f"{file}: module {module!r} has {has} but no {name}; the file is incomplete")
+    if len(entry.shape) == 1 or 0 in entry.shape:
+        raise AdapterMismatch(
+            f"{file}: tensor {entry.name!r} has shape {list(entry.shape)}: an empty shell, as DeepSpeed ZeRO-3 leaves "
+            "when the parameters were not gathered before saving; save the adapter again"
+        )
+    if len(entry.shape) != 2:
+        raise Unsupported(
+            f"{file}: tensor {entry.name!r} has {len(entry.shape)} dimensions (a convolution or experts), "
+            "which is not supported yet"
+        )
+    return entry
+
+
+def _scalar(entry: TensorEntry) -> float:
+    """The value of a one-element tensor."""
+    import numpy as np
+
+    if math.prod(entry.shape) != 1 or entry.dtype not in (*FLOATS, "I64", "I32"):
+        raise BadFile(f"{entry.file}: {entry.name!r} should be one number, not {entry.dtype} of shape {list(entry.shape)}")
+    raw = bytearray(entry.nbytes)
+    reader = Reader(entry.file)
+    try:
+        reader.into(memoryview(raw), entry.start)
+    finally:
+        reader.close()
+    if entry.dtype == "BF16":
+        return float(np.frombuffer(bytes(2) + bytes(raw), "<f4")[0])
+    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+    return float(np.frombuffer(raw, kinds[entry.dtype])[0])
+

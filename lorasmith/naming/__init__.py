@@ -1,0 +1,118 @@
+"""Which base tensor an adapter's module means.
+
+An adapter's names are the module paths of the model it was trained in; a checkpoint's names are what was saved.
+They are equal for most models. They differ by a prefix where a head was put on or taken off (``bert.encoder…`` and
+``encoder…``), and by a renaming where transformers renames modules on loading (``renamings``). One such rule must
+fit a whole adapter: names are never matched one by one by likeness.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lorasmith.adapter import Adapter, ModuleDelta
+from lorasmith.checkpoint import Checkpoint
+from lorasmith.errors import AdapterMismatch, listed
+from lorasmith.naming.renamings import runtime_name
+from lorasmith.safefile import TensorEntry
+
+
+@dataclass(frozen=True)
+class Match:
+    """One of an adapter's deltas, bound to the base tensor it changes."""
+
+    target: TensorEntry
+    source: ModuleDelta
+
+
+def match(adapter: Adapter, checkpoint: Checkpoint, *, allow_unmatched: bool) -> tuple[list[Match], list[ModuleDelta]]:
+    """Bind every delta of the adapter to a base tensor; also those left over, where that is allowed.
+
+    Raises AdapterMismatch when some find no tensor (unless ``allow_unmatched``), or when two rules fit equally.
+    """
+    best: dict[str, TensorEntry] = {}
+    wanted = [f"{one.module}.{one.parameter}" for one in adapter.deltas]
+    for names in _namings(checkpoint):
+        found = _bind(adapter, wanted, names)
+        if len(found) > len(best):
+            best = found
+        if len(best) == len(set(wanted)):
+            break
+    matched = [Match(best[name], one) for name, one in zip(wanted, adapter.deltas, strict=True) if name in best]
+    left = [one for name, one in zip(wanted, adapter.deltas, strict=True) if name not in best]
+    if left and not (allow_unmatched and matched):
+        raise AdapterMismatch(_describe(adapter, checkpoint, left, bool(matched)))
+    return matched, left
+
+
+def _namings(checkpoint: Checkpoint) -> Iterator[dict[str, TensorEntry]]:
+    """The base's tensors by the names an adapter may know them by: as stored, then as transformers runs them."""
+    stored = {entry.name: entry for entry in checkpoint.entries}
+    yield stored
+    runtime = {runtime_name(checkpoint.config, name): entry for name, entry in stored.items()}
+    if len(runtime) == len(stored) and runtime.keys() != stored.keys():
+        yield runtime
+
+
+def _bind(adapter: Adapter, wanted: Sequence[str], names: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The longest binding under one prefix rule; the plain names win over any rule that binds no more."""
+    best = {name: names[name] for name in wanted if name in names}
+    if len(best) == len(set(wanted)):
+        return best
+    fits: list[tuple[str, str]] = []
+    for strip, add in _prefix_rules(wanted, names):
+        found = {name: names[moved] for name in wanted if (moved := _move(name, strip, add)) in names}
+        if len(found) > len(best):
+            best, fits = found, [(strip, add)]
+        elif fits and len(found) == len(best):
+            fits.append((strip, add))
+    if len(fits) > 1:
+        rules = [f"{strip or '(nothing)'} → {add or '(nothing)'}" for strip, add in fits]
+        raise AdapterMismatch(
+            f"{adapter.path}: its module names fit the base in {len(fits)} ways ({listed(rules)}); "
+            "which one is meant cannot be known"
+        )
+    return best
+
+
+def _move(name: str, strip: str, add: str) -> str | None:
+    return add + name.removeprefix(strip) if name.startswith(strip) else None
+
+
+def _prefix_rules(wanted: Sequence[str], names: Iterable[str]) -> list[tuple[str, str]]:
+    """Prefixes to take off and put on, read off the base tensors that end like the first few wanted names."""
+    rules: dict[tuple[str, str], None] = {}
+    by_tail: dict[str, list[str]] = {}
+    for name in names:
+        by_tail.setdefault(_tail(name), []).append(name)
+    for name in wanted[:8]:
+        for candidate in by_tail.get(_tail(name), []):
+            if name.endswith("." + candidate):
+                rules[name.removesuffix(candidate), ""] = None
+            elif candidate.endswith("." + name):
+                rules["", candidate.removesuffix(name)] = None
+    return list(rules)
+
+
+def _tail(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _describe(adapter: Adapter, checkpoint: Checkpoint, left: list[ModuleDelta], some: bool) -> str:
+    missing = [name for one in left for name in one.tensors]
+    wanted = f"{left[0].module}.{left[0].parameter}"
+    near = difflib.get_close_matches(wanted, [entry.name for entry in checkpoint.entries], n=2, cutoff=0.5)
+    total = adapter.tensor_count
+    text = f"{adapter.path}: {len(missing)} of {total} tensors have no weight in {checkpoint.path}: {listed(missing)}. "
+    if near:
+        text += f"Nearest to {wanted} {'are' if len(near) > 1 else 'is'} {listed(near)}. "
+    head = left[0].module.rsplit(".", 1)[-1]
+    if head in ("lm_head", "embed_out", "proj_out") and checkpoint.config.get("tie_word_embeddings", True):
+        text += f"The base ties its {head} to the embeddings and stores no weight for it, which is not supported yet. "
+    elif not some:
+        text += "The adapter was probably trained on another model. "
+    if some:
+        text += "Use --allow-unmatched to merge only what fits."
+    return text.strip()

@@ -1,0 +1,108 @@
+"""From float32 sums to the output dtype, and how much of a delta that leaves.
+
+Rounding is torch's: to nearest, ties to even. *Survival* is the projection ‹Ŵ−W0, ΔW›/‖ΔW‖² of what the weight
+really moved by onto what it should have moved by. bfloat16 keeps 8 bits: deltas below about 0.2 % of the weight they
+are added to mostly vanish, and the projection falls below 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorasmith.dtypes import LARGEST, NAMES
+from lorasmith.errors import NotFinite
+from lorasmith.records import Survival, TensorSurvival
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLED_ROWS = 16
+"""Rows of a sampled block that are measured."""
+
+SAMPLE_EVERY = 8
+"""One block in this many is sampled; a tensor's first always is."""
+
+SURVIVAL_LIMIT = 0.9
+"""Below this survival a merge is reported with a warning."""
+
+
+def round_into(
+    out: torch.Tensor, acc: torch.Tensor, w0: torch.Tensor, tensor: str, dtype: str, *, saturate: bool
+) -> None:
+    """Round the sums ``acc`` into ``out`` (whose format code is ``dtype``); ``w0`` is the base's block.
+
+    Raises NotFinite when an element that is finite in the base is not in the result; with ``saturate`` it becomes
+    the dtype's largest value instead, unless the sum itself is a NaN.
+    """
+    out.copy_(acc)
+    if math.isfinite(out.sum(dtype=acc.dtype).item()):
+        return
+    if saturate:
+        out.copy_(acc.clamp(-LARGEST[dtype], LARGEST[dtype]).where(w0.isfinite(), acc))
+    bad = w0.isfinite() & ~out.isfinite()
+    if not bad.any():
+        return
+    value = acc[bad][0].item()
+    if math.isfinite(value):
+        raise NotFinite(
+            f"tensor {tensor!r} overflows {NAMES[dtype]}: it has a value of {value:.6g} and the largest that fits is "
+            f"{LARGEST[dtype]:.6g}; use --dtype bfloat16 or float32, or --allow-overflow to clip"
+        )
+    raise NotFinite(
+        f"tensor {tensor!r} becomes {value} where the base is finite; the adapter's values are far too large, "
+        "or it was trained on another model"
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sums over the sampled rows of one block: ‹Ŵ−W0, ΔW›, ‖ΔW‖², ‖W0‖², and the number of elements."""
+
+    tensor: str
+    block: int
+    projection: float
+    delta: float
+    base: float
+    elements: int
+
+
+def sample(tensor: str, block: int, out: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor) -> Sample:
+    """Measure sampled rows, given the result, the base and the exact delta."""
+    import torch
+
+    base, exact = w0.to(torch.float64), delta.to(torch.float64)
+    moved = out.to(torch.float64) - base
+    return Sample(
+        tensor, block, (moved * exact).sum().item(), exact.square().sum().item(), base.square().sum().item(), out.numel()
+    )
+
+
+def survival(samples: Iterable[Sample], worst: int = 5) -> Survival | None:
+    """Sum the samples up, in an order of their own; None when nothing was sampled."""
+    sums: dict[str, list[float]] = {}
+    elements = 0
+    for one in sorted(samples, key=lambda one: (one.tensor, one.block)):
+        if not all(map(math.isfinite, (one.projection, one.delta, one.base))):
+            continue
+        of_tensor = sums.setdefault(one.tensor, [0.0, 0.0, 0.0])
+        for position, value in enumerate((one.projection, one.delta, one.base)):
+            of_tensor[position] += value
+        elements += one.elements
+    if not sums:
+        return None
+    projection, delta, base = (math.fsum(values) for values in zip(*sums.values(), strict=True))
+    tensors = [
+        TensorSurvival(name, moved / exact, math.sqrt(exact / weight) if weight else math.inf)
+        for name, (moved, exact, weight) in sums.items()
+        if exact
+    ]
+    return Survival(
+        total=projection / delta if delta else None,
+        relative_norm=math.sqrt(delta / base) if base else 0.0,
+        tensors=len(sums),
+        elements=elements,
+        worst=tuple(sorted(tensors, key=lambda one: (one.survival, one.tensor))[:worst]),
+    )
