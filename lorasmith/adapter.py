@@ -38,7 +38,7 @@ class ModuleDelta:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: ``deltas`` in the file's order.
+    """One adapter: ``deltas`` in the order of its file (``stamp``: path, size, mtime).
 
     ``ignored`` are tensors that carry no change (copies of base weights in raw state dicts). ``names_base`` is the
     base its config names. ``fan_in_fan_out`` is the config's word on weights stored as (in, out), None without one.
@@ -46,7 +46,7 @@ class Adapter:
     """
 
     path: str
-    file: str
+    stamp: tuple[str, int, int]
     deltas: tuple[ModuleDelta, ...]
     ignored: tuple[str, ...]
     sha256: str
@@ -56,6 +56,10 @@ class Adapter:
     scale_assumed: bool
     side_files: Mapping[str, str]
     notes: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        return self.stamp[0]
 
     @property
     def tensor_count(self) -> int:

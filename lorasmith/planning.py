@@ -2,45 +2,31 @@
 
     1. every delta finds its base tensor and is turned the way the base stores it      (_bind)
     2. deltas of one tensor are gathered; what cannot be right is refused              (_gather, _refuse_tied)
-    3. tensors are laid out into output files, each byte of which gets one step        (_layout, _steps)
-    4. side files, provenance and the hash                                             (_side_files, _recipe)
+    3. tensors are laid out into files, each byte of which gets one step               (layout)
+    4. side files, provenance and the hash                                             (sidefiles, recipe)
 
 No tensor data of the base is read.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from lorasmith import naming
+from lorasmith import layout, naming
 from lorasmith.adapter import Adapter
-from lorasmith.checkpoint import INDEX_SUFFIX, TOKENIZER_FILES, Checkpoint
+from lorasmith.checkpoint import Checkpoint
 from lorasmith.deltas import Delta
 from lorasmith.deltas.replacement import Replacement
-from lorasmith.dtypes import BITS, BY_OPTION, FLOATS, NAMES
+from lorasmith.dtypes import BY_OPTION, FLOATS
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
-from lorasmith.records import (
-    AdapterUse,
-    Convert,
-    Copy,
-    Merge,
-    Output,
-    Plan,
-    SideFile,
-    Step,
-    TargetGroup,
-    Term,
-    Write,
-)
-from lorasmith.safefile import TensorEntry, build_header
+from lorasmith.recipe import plan_hash, recipe
+from lorasmith.records import AdapterUse, Convert, Merge, Plan, SideFile, TargetGroup, Term
+from lorasmith.safefile import TensorEntry
+from lorasmith.sidefiles import PROVENANCE, side_files
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 HEADS = ("lm_head", "embed_out", "proj_out", "output_projection")
@@ -71,39 +57,56 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         raise BadOption("no adapter was given: lorasmith merge BASE ADAPTER... -o OUT")
     if options.dtype != "keep" and options.dtype not in BY_OPTION:
         raise BadOption(f"dtype {options.dtype!r} is not one of keep, {', '.join(BY_OPTION)}")
+    dtype = BY_OPTION.get(options.dtype)
     bound = [_bind(checkpoint, adapter, options) for adapter, _ in adapters]
     terms = _gather(checkpoint, adapters, bound)
     uses = tuple(_use(adapter, weight, one) for (adapter, weight), one in zip(adapters, bound, strict=True))
-    outputs = tuple(_outputs(checkpoint, terms, options))
-    recipe = _recipe(checkpoint, uses, options)
-    digest = _hash(recipe, checkpoint, outputs)
-    provenance = json.dumps({**recipe, "plan": digest}, indent=2, sort_keys=True)
-    outputs = _with_provenance(checkpoint, outputs, provenance)
-    side_files = () if checkpoint.folder is None else _side_files(checkpoint, adapters, outputs, options, provenance)
+    parts = layout.split(checkpoint, dtype, options.max_shard_size)
+    outputs = layout.lay_out(checkpoint, parts, terms, dtype)
+    record = recipe(
+        checkpoint,
+        uses,
+        device=options.device,
+        dtype=options.dtype,
+        allow_overflow=options.allow_overflow,
+        max_shard_size=options.max_shard_size,
+    )
+    digest = plan_hash(record, outputs)
+    provenance = json.dumps({**record, "plan": digest}, indent=2, sort_keys=True)
+    beside: tuple[SideFile, ...] = ()
+    if checkpoint.folder is None:
+        outputs = (layout.with_metadata(outputs[0], {PROVENANCE.removesuffix(".json"): provenance}),)
+    else:
+        beside = side_files(
+            checkpoint,
+            [adapter for adapter, _ in adapters],
+            index=layout.index(checkpoint, parts, dtype),
+            provenance=provenance,
+            dtype=dtype,
+            tokenizer=options.tokenizer,
+        )
     steps = [step for output in outputs for step in output.steps]
-    merges = [step for step in steps if isinstance(step, Merge)]
-    converts = [step for step in steps if isinstance(step, Convert) and not isinstance(step, Merge)]
-    replaced = sum(_replaces(one) for one in terms.values())
-    total = sum(1 for _ in checkpoint.entries)
-    plain_converts = sum(step.entry.name not in terms for step in converts)
-    written = sum(output.size for output in outputs) + sum(_side_size(one) for one in side_files)
+    merged = sum(isinstance(step, Merge) for step in steps)
+    converted = sum(type(step) is Convert and step.entry.name not in terms for step in steps)
+    replaced = sum(layout.replaces(one) for one in terms.values())
     return Plan(
         base=checkpoint.path,
         adapters=uses,
         outputs=outputs,
-        side_files=side_files,
+        side_files=beside,
         single_file=checkpoint.folder is None,
         dtype=options.dtype,
         device=options.device,
         allow_overflow=options.allow_overflow,
-        tensors_merged=len(merges),
+        tensors_merged=merged,
         tensors_replaced=replaced,
-        tensors_converted=plain_converts,
-        tensors_copied=total - len(merges) - replaced - plain_converts,
-        bytes_read=sum(shard.size for shard in checkpoint.shards) + sum(_size(one.file) for one, _ in adapters),
-        bytes_written=written,
+        tensors_converted=converted,
+        tensors_copied=sum(1 for _ in checkpoint.entries) - merged - replaced - converted,
+        bytes_read=sum(shard.size for shard in checkpoint.shards) + sum(adapter.stamp[1] for adapter, _ in adapters),
+        bytes_written=sum(output.size for output in outputs) + sum(_side_size(one) for one in beside),
         targets=tuple(_targets(bound)),
-        base_files=tuple((file, *_stat(file)) for file in checkpoint.files),
+        base_files=tuple(shard.stamp for shard in checkpoint.shards),
+        adapter_files=tuple(adapter.stamp for adapter, _ in adapters),
         notes=(*checkpoint.notes, *(note for adapter, _ in adapters for note in adapter.notes)),
         warnings=tuple(_warnings(checkpoint, adapters, uses)),
         hash=digest,
@@ -198,261 +201,7 @@ def _refuse_tied(checkpoint: Checkpoint, target: TensorEntry) -> None:
     )
 
 
-# -------------------------------------------------------------------------------------------- 2. output files
-
-
-def _replaces(terms: tuple[Term, ...]) -> bool:
-    """Whether the result is just the new tensor."""
-    return len(terms) == 1 and isinstance(terms[0].delta, Replacement) and terms[0].factor == 1
-
-
-def _outputs(
-    checkpoint: Checkpoint, terms: Mapping[str, tuple[Term, ...]], options: Options
-) -> Iterator[Output]:
-    dtype = None if options.dtype == "keep" else BY_OPTION[options.dtype]
-    if options.max_shard_size is not None:
-        metadata = dict(checkpoint.shards[0].metadata)
-        for name, entries in _reshard(checkpoint, dtype, options.max_shard_size):
-            yield _layout(name, None, entries, metadata, terms, dtype)
-        return
-    for shard in checkpoint.shards:
-        name = os.path.basename(shard.file)
-        if checkpoint.folder is not None:
-            name = os.path.relpath(shard.file, checkpoint.folder).replace(os.sep, "/")
-        kept = checkpoint.folder is not None and all(_dtype(entry, dtype) == entry.dtype for entry in shard.entries)
-        header = Copy(shard.file, 0, 0, shard.data_start) if kept else None
-        yield _layout(name, header, shard.entries, shard.metadata, terms, dtype)
-
-
-def _layout(
-    name: str,
-    header: Copy | None,
-    entries: Sequence[TensorEntry],
-    metadata: Mapping[str, str],
-    terms: Mapping[str, tuple[Term, ...]],
-    dtype: str | None,
-) -> Output:
-    """One output file: its header, verbatim where it stays the same, then its tensors in order."""
-    first: Step = header or Write(_header(entries, metadata, dtype), 0)
-    steps, position = [first], first.nbytes
-    for entry in entries:
-        step = _step(entry, _dtype(entry, dtype), position, terms.get(entry.name, ()))
-        position += step.nbytes
-        last = steps[-1]
-        if isinstance(step, Copy) and isinstance(last, Copy) and _continues(last, step):
-            steps[-1] = replace(last, nbytes=last.nbytes + step.nbytes)
-        elif step.nbytes:
-            steps.append(step)
-    return Output(name, position, tuple(steps))
-
-
-def _header(entries: Sequence[TensorEntry], metadata: Mapping[str, str], dtype: str | None) -> bytes:
-    new = [(entry, _dtype(entry, dtype)) for entry in entries]
-    return build_header([(entry.name, code, entry.shape, _nbytes(entry, code)) for entry, code in new], metadata)
-
-
-def _step(entry: TensorEntry, dtype: str, offset: int, terms: tuple[Term, ...]) -> Step:
-    if terms and not _replaces(terms):
-        return Merge(entry, dtype, offset, _nbytes(entry, dtype), terms)
-    if terms:
-        entry = terms[0].delta.entries[0]
-    if entry.dtype != dtype:
-        return Convert(entry, dtype, offset, _nbytes(entry, dtype))
-    return Copy(entry.file, entry.start, offset, entry.nbytes)
-
-
-def _continues(last: Copy, step: Copy) -> bool:
-    return last.source == step.source and last.start + last.nbytes == step.start
-
-
-def _dtype(entry: TensorEntry, dtype: str | None) -> str:
-    return dtype if dtype is not None and entry.dtype in FLOATS else entry.dtype
-
-
-def _nbytes(entry: TensorEntry, dtype: str) -> int:
-    return math.prod(entry.shape) * BITS[dtype] // 8
-
-
-def _reshard(
-    checkpoint: Checkpoint, dtype: str | None, limit: int
-) -> list[tuple[str, list[TensorEntry]]]:
-    """Tensors in the base's order, packed greedily as transformers' ``save_pretrained`` does."""
-    if checkpoint.folder is None:
-        raise BadOption("--max-shard-size is for model folders; the base is a single file, and so is the result")
-    if limit <= 0:
-        raise BadOption("--max-shard-size must be positive")
-    shards: list[list[TensorEntry]] = [[]]
-    filled = 0
-    for entry in checkpoint.entries:
-        nbytes = _nbytes(entry, _dtype(entry, dtype))
-        if shards[-1] and filled + nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += nbytes
-    stem = _stem(checkpoint)
-    if len(shards) == 1:
-        return [(f"{stem}.safetensors", shards[0])]
-    return [
-        (f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors", entries)
-        for number, entries in enumerate(shards, start=1)
-    ]
-
-
-def _stem(checkpoint: Checkpoint) -> str:
-    """``model`` of ``model.safetensors`` or ``model.safetensors.index.json``."""
-    if checkpoint.index_name is not None:
-        return checkpoint.index_name.removesuffix(INDEX_SUFFIX)
-    return os.path.basename(checkpoint.shards[0].file).removesuffix(".safetensors")
-
-
-def _with_provenance(checkpoint: Checkpoint, outputs: tuple[Output, ...], provenance: str) -> tuple[Output, ...]:
-    """A single file carries its provenance in its own header."""
-    if checkpoint.folder is not None:
-        return outputs
-    (output,) = outputs
-    header = output.steps[0]
-    assert isinstance(header, Write)
-    known = json.loads(header.data[8:])
-    metadata = {**known.pop("__metadata__", {}), "lorasmith": provenance}
-    tensors = [
-        (name, facts["dtype"], facts["shape"], facts["data_offsets"][1] - facts["data_offsets"][0])
-        for name, facts in known.items()
-    ]
-    data = build_header(tensors, metadata)
-    shift = len(data) - header.nbytes
-    moved = tuple(replace(step, offset=step.offset + shift) for step in output.steps[1:])
-    return (Output(output.name, output.size + shift, (Write(data, 0), *moved)),)
-
-
-# ------------------------------------------------------------------------------------ 3. side files and recipe
-
-
-def _side_files(
-    checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    outputs: Sequence[Output],
-    options: Options,
-    provenance: str,
-) -> tuple[SideFile, ...]:
-    files = {name: SideFile(name, source=path) for name, path in checkpoint.side_files.items()}
-    for name, path in _tokenizer(files, adapters, options.tokenizer).items():
-        files[name] = SideFile(name, source=path)
-    if options.dtype != "keep" and checkpoint.config_file is not None:
-        config, changed = _set_dtype(checkpoint.config, options.dtype)
-        if changed:
-            files["config.json"] = SideFile("config.json", text=json.dumps(config, indent=2) + "\n")
-    index = _index(checkpoint, outputs, options)
-    if index is not None:
-        files[index.name] = index
-    files["lorasmith.json"] = SideFile("lorasmith.json", text=provenance + "\n")
-    return tuple(files[name] for name in sorted(files))
-
-
-def _tokenizer(
-    files: dict[str, SideFile], adapters: Sequence[tuple[Adapter, float]], wanted: str | None
-) -> Mapping[str, str]:
-    """The adapter's tokenizer files, which replace the base's as one set (taken out of ``files``)."""
-    having = [adapter for adapter, _ in adapters if any(name.startswith("token") for name in adapter.side_files)]
-    if wanted == "base":
-        return {}
-    if wanted not in (None, "adapter"):
-        raise BadOption(f"tokenizer {wanted!r} is neither base nor adapter")
-    if not having:
-        if wanted == "adapter":
-            raise BadOption("--tokenizer adapter was given, but no adapter folder holds a tokenizer")
-        return {}
-    contents = {tuple((name, _read(path)) for name, path in sorted(one.side_files.items())) for one in having}
-    if len(contents) > 1:
-        raise BadOption(
-            f"{listed([one.path for one in having])} carry different tokenizers; use --tokenizer base, "
-            "or take the tokenizer files out of all but one adapter folder"
-        )
-    for name in TOKENIZER_FILES:
-        files.pop(name, None)
-    return having[0].side_files
-
-
-def _set_dtype(config: Mapping[str, Any], dtype: str) -> tuple[dict[str, Any], bool]:
-    """The config with every entry that names the weights' dtype changed, and whether there was any."""
-    changed = False
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and value in NAMES.values():
-            value, changed = dtype, True
-        elif key.endswith("_config") and isinstance(value, Mapping):
-            value, inner = _set_dtype(value, dtype)
-            changed |= inner
-        result[key] = value
-    return result, changed
-
-
-def _index(checkpoint: Checkpoint, outputs: Sequence[Output], options: Options) -> SideFile | None:
-    """The index of a sharded result: the base's own where the shards are its own, else in transformers' form."""
-    dtype = None if options.dtype == "keep" else BY_OPTION[options.dtype]
-    entries = list(checkpoint.entries)
-    size = sum(_nbytes(entry, _dtype(entry, dtype)) for entry in entries)
-    if options.max_shard_size is not None:
-        if len(outputs) == 1:
-            return None
-        weight_map = {
-            entry.name: name
-            for name, part in _reshard(checkpoint, dtype, options.max_shard_size)
-            for entry in part
-        }
-        parameters = sum(math.prod(entry.shape) for entry in entries)
-        new = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
-        return SideFile(_stem(checkpoint) + INDEX_SUFFIX, text=json.dumps(new, indent=2, sort_keys=True) + "\n")
-    if checkpoint.index is None or checkpoint.index_name is None or checkpoint.folder is None:
-        return None
-    metadata = checkpoint.index.get("metadata")
-    if dtype is None or not isinstance(metadata, Mapping) or "total_size" not in metadata:
-        return SideFile(checkpoint.index_name, source=os.path.join(checkpoint.folder, checkpoint.index_name))
-    changed = {**checkpoint.index, "metadata": {**metadata, "total_size": size}}
-    return SideFile(checkpoint.index_name, text=json.dumps(changed, indent=2) + "\n")
-
-
-def _recipe(checkpoint: Checkpoint, uses: Sequence[AdapterUse], options: Options) -> dict[str, Any]:
-    """What makes the result what it is, without paths: they differ from machine to machine."""
-    return {
-        "lorasmith": importlib.metadata.version("lorasmith"),
-        "torch": importlib.metadata.version("torch"),
-        "device": options.device,
-        "dtype": options.dtype,
-        "allow_overflow": options.allow_overflow,
-        "max_shard_size": options.max_shard_size,
-        "base": [
-            {"file": os.path.basename(shard.file), "size": shard.size, "header_sha256": shard.sha256}
-            for shard in checkpoint.shards
-        ],
-        "adapters": [
-            {
-                "weight": use.weight,
-                "sha256": use.sha256,
-                "kinds": list(use.kinds),
-                "rank": list(use.rank),
-                "scale": list(use.scale),
-                "names_base": use.names_base,
-            }
-            for use in uses
-        ],
-    }
-
-
-def _hash(recipe: Mapping[str, Any], checkpoint: Checkpoint, outputs: Sequence[Output]) -> str:
-    sha = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    for output in outputs:
-        sha.update(f"{output.name} {output.size}\n".encode())
-        for step in output.steps:
-            if isinstance(step, Convert):
-                sha.update(f"{step.entry.name} {step.dtype} {step.offset}\n".encode())
-            for term in step.terms if isinstance(step, Merge) else ():
-                names = [entry.name for entry in term.delta.entries]
-                sha.update(f"{term.adapter} {term.factor!r} {term.delta.scale!r} {term.delta.kind} {names}\n".encode())
-    return sha.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- 4. what to tell
+# ---------------------------------------------------------------------------------------------- 3. what to tell
 
 
 def _use(adapter: Adapter, weight: float, bound: _Bound) -> AdapterUse:
@@ -525,13 +274,3 @@ def _side_size(file: SideFile) -> int:
 
 def _size(file: str) -> int:
     return os.stat(file).st_size
-
-
-def _stat(file: str) -> tuple[int, int]:
-    facts = os.stat(file)
-    return facts.st_size, facts.st_mtime_ns
-
-
-def _read(file: str) -> bytes:
-    with open(file, "rb") as stream:
-        return stream.read()

@@ -126,7 +126,7 @@ class Plan:
     """Everything a merge will do. Sizes are in bytes; ``hash`` names the result: equal hash, equal bytes.
 
     ``bytes_read`` counts base and adapters, ``bytes_written`` the weights and side files of the result.
-    ``base_files`` are (path, size, mtime in nanoseconds) as they were when the plan was made.
+    ``base_files`` and ``adapter_files`` are (path, size, mtime in nanoseconds) as they were when the plan was made.
     """
 
     base: str
@@ -145,17 +145,28 @@ class Plan:
     bytes_written: int
     targets: tuple[TargetGroup, ...]
     base_files: tuple[tuple[str, int, int], ...]
+    adapter_files: tuple[tuple[str, int, int], ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     hash: str
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types, without its single steps."""
-        skip = ("outputs", "side_files", "base_files")
+        skip = ("outputs", "side_files", "base_files", "adapter_files")
         facts = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name not in skip}
         facts["outputs"] = [{"name": one.name, "size": one.size} for one in self.outputs]
         facts["side_files"] = [one.name for one in self.side_files]
-        return {"schema": REPORT_SCHEMA, **_plain(facts)}
+        return {"schema": REPORT_SCHEMA, **plain(facts)}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run of a plan takes: threads, bytes of buffers, bytes of disk, and the bytes there are."""
+
+    threads: int
+    memory: int
+    disk: int
+    disk_free: int
 
 
 # ------------------------------------------------------------------------------------------ progress and report
@@ -234,14 +245,15 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types; ``schema`` is the version of this layout."""
         facts = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        return {"schema": REPORT_SCHEMA, **_plain(facts)}
+        return {"schema": REPORT_SCHEMA, **plain(facts)}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return value

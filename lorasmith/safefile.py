@@ -55,14 +55,20 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: entries in file order, ``data_start`` and ``size`` in bytes."""
+    """A checked header: entries in file order, ``data_start`` and ``size`` in bytes, and the SHA-256 of the header."""
 
     file: str
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
     data_start: int
     size: int
+    mtime_ns: int
     sha256: str
+
+    @property
+    def stamp(self) -> tuple[str, int, int]:
+        """Path, size in bytes, mtime in nanoseconds: it is the same file while these stay."""
+        return self.file, self.size, self.mtime_ns
 
 
 def read_header(file: str) -> Header:
@@ -71,7 +77,8 @@ def read_header(file: str) -> Header:
     Raises MissingFile when there is no such file and BadFile when it is not a whole, well-formed one.
     """
     with open_regular(file) as stream:
-        size = os.fstat(stream.fileno()).st_size
+        facts = os.fstat(stream.fileno())
+        size = facts.st_size
         prefix = stream.read(8)
         if len(prefix) < 8:
             raise BadFile(
@@ -93,7 +100,8 @@ def read_header(file: str) -> Header:
     pairs = _parse(file, raw)
     metadata = _metadata(file, pairs.pop("__metadata__", None))
     entries = _entries(file, pairs, 8 + length, size)
-    return Header(file, entries, metadata, 8 + length, size, hashlib.sha256(prefix + raw).hexdigest())
+    sha256 = hashlib.sha256(prefix + raw).hexdigest()
+    return Header(file, entries, metadata, 8 + length, size, facts.st_mtime_ns, sha256)
 
 
 def open_regular(file: str) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lorasmith.errors import IOFailed, NoSpace
-from lorasmith.execution.blocks import Budget, Task, fit, tasks
+from lorasmith.execution.blocks import Budget, Task, tasks
 from lorasmith.execution.worker import Worker
 from lorasmith.execution.workplace import Workplace
 from lorasmith.records import Convert, Plan, Progress, Survival
@@ -44,17 +44,14 @@ def default_threads() -> int:
     return usable + 2
 
 
-def execute(
-    plan: Plan, place: Workplace, *, memory: int, threads: int, progress: ProgressCallback | None = None
-) -> Outcome:
+def execute(plan: Plan, place: Workplace, budget: Budget, progress: ProgressCallback | None = None) -> Outcome:
     """Write every file of the plan that holds weights and is not finished yet.
 
-    ``memory`` is in bytes. Raises BudgetTooSmall, NotFinite, NoSpace, IOFailed.
+    Raises NotFinite, NoSpace, IOFailed.
     """
-    budget = fit(plan, memory, threads)
     queue = _Queue(plan, budget, place)
     started = time.monotonic()
-    with _readers(plan) as readers, _one_torch_thread(queue.needs_torch):
+    with _readers(plan) as readers, _torch_threads_kept():
         workers = [
             Worker(budget.panel, readers, allow_overflow=plan.allow_overflow) for _ in range(budget.threads)
         ]
@@ -132,8 +129,12 @@ class _Queue:
 
     def work(self, worker: Worker) -> None:
         """Take tasks until none is left or something failed."""
+        alone = False
         try:
             while (task := self._next()) is not None:
+                if isinstance(task.step, Convert) and not alone:
+                    _switch_off_torch_threads()
+                    alone = True
                 writer = self._writer(task.output)
                 written = worker.run(task, writer)
                 self._finish(task, writer, written)
@@ -150,7 +151,6 @@ class _Queue:
                 if not self._arithmetic:
                     return None
             self._torch_ready.wait()
-            _switch_off_torch_threads()
         return None
 
     def _writer(self, index: int) -> Writer:
@@ -193,11 +193,11 @@ class _Queue:
         if error is None:
             return
         if isinstance(error, OSError) and not isinstance(error, IOFailed):
-            raise describe_os_error(error, self._place.out) from error
+            raise as_ours(error, self._place.out) from error
         raise error
 
 
-def describe_os_error(error: OSError, out: str) -> NoSpace | IOFailed:
+def as_ours(error: OSError, out: str) -> NoSpace | IOFailed:
     """An error of the system's, met while writing, as one of ours."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(
@@ -248,7 +248,7 @@ def _switch_off_torch_threads() -> None:
 
 
 @contextlib.contextmanager
-def _one_torch_thread(needed: bool) -> Iterator[None]:
+def _torch_threads_kept() -> Iterator[None]:
     """Give torch its number of threads back once the last run in this process has ended."""
     global _torch_users, _torch_threads
     with _torch_lock:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorasmith.deltas import OpenDelta
 from lorasmith.deltas.low_rank import LowRank, read_tensor, stack
 from lorasmith.dtypes import itemsize, torch_dtype
-from lorasmith.execution.blocks import BLOCK_ELEMENTS, Task, block_rows, blocks, grid
+from lorasmith.execution.blocks import Task, block_rows, blocks, grid
 from lorasmith.records import Convert, Copy, Merge, Term, Write
 from lorasmith.rounding import SAMPLE_EVERY, SAMPLED_ROWS, Sample, round_into, sample
 from lorasmith.safefile import PAGE, AlignedBuffer, Reader, Writer, share_range
@@ -25,7 +25,7 @@ class Worker:
         self._readers = readers
         self._allow_overflow = allow_overflow
         self._can_share = True
-        self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._scratch: dict[str, torch.Tensor] = {}
         self._opened_step: Merge | None = None
         self._opened: list[tuple[OpenDelta, float]] = []
         self.samples: list[Sample] = []
@@ -77,6 +77,8 @@ class Worker:
         return nbytes
 
     def _block(self, step: Convert, rows: slice, out: torch.Tensor) -> None:
+        if isinstance(step, Merge):
+            self._open(step)  # before the block is read: what walks over the whole weight uses the same memory
         stored = self._read_rows(step, rows)
         acc = self._buffer("acc", self._sum_dtype(step), *stored.shape).copy_(stored)
         if isinstance(step, Merge):
@@ -91,7 +93,7 @@ class Worker:
         """Add every term to ``acc``; ``base`` holds the base's rows (it may be ``acc`` itself)."""
         needed = any(term.delta.needs_base for term in step.terms)
         w0 = self._buffer("w0", acc.dtype, *base.shape).copy_(base) if needed else None
-        for opened, factor in self._open(step):
+        for opened, factor in self._opened:
             opened.add_to(acc, w0, rows, factor)
 
     def _sample(self, step: Merge, number: int, rows: slice, out: torch.Tensor, stored: torch.Tensor) -> None:
@@ -104,19 +106,19 @@ class Worker:
         self._add(step, delta, base, few)
         self.samples.append(sample(step.entry.name, number, out[:height], base, delta))
 
-    def _open(self, step: Merge) -> list[tuple[OpenDelta, float]]:
-        """The step's deltas, opened; kept until another step comes."""
-        if self._opened_step is not step:
-            self._opened_step, self._opened = None, []
-            dtype = self._sum_dtype(step)
+    def _open(self, step: Merge) -> None:
+        """Open the step's deltas and keep them until another step comes."""
+        if self._opened_step is step:
+            return
+        self._opened_step, self._opened = None, []
+        dtype = self._sum_dtype(step)
 
-            def base() -> Iterator[tuple[slice, torch.Tensor]]:
-                for rows in blocks(step, 0, grid(step)[0]):
-                    yield rows, self._read_rows(step, rows).to(dtype)
+        def base() -> Iterator[tuple[slice, torch.Tensor]]:
+            for rows in blocks(step, 0, grid(step)[0]):
+                yield rows, self._read_rows(step, rows).to(dtype)
 
-            self._opened = [(term.delta.open(dtype, base), term.factor) for term in _stacked(step.terms)]
-            self._opened_step = step
-        return self._opened
+        self._opened = [(term.delta.open(dtype, base), term.factor) for term in _stacked(step.terms)]
+        self._opened_step = step
 
     def _read_rows(self, step: Convert, rows: slice) -> torch.Tensor:
         entry, columns = step.entry, grid(step)[1]
@@ -131,10 +133,11 @@ class Worker:
         """Memory that is used again and again: fresh pages would cost more than the arithmetic."""
         import torch
 
-        memory = self._scratch.get((use, dtype))
-        if memory is None or memory.numel() < rows * columns:
-            memory = self._scratch[use, dtype] = torch.empty(max(rows * columns, BLOCK_ELEMENTS), dtype=dtype)
-        return memory[: rows * columns].view(rows, columns)
+        nbytes = rows * columns * dtype.itemsize
+        memory = self._scratch.get(use)
+        if memory is None or len(memory) < nbytes:
+            memory = self._scratch[use] = torch.empty(nbytes, dtype=torch.uint8)
+        return memory[:nbytes].view(dtype).view(rows, columns)
 
     def _panel_tensor(self, dtype: str, start: int, rows: int, columns: int) -> torch.Tensor:
         import torch

@@ -19,8 +19,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lorasmith.errors import IOFailed, NoSpace, OutputBusy, OutputExists
+from lorasmith.errors import IOFailed, LorasmithError, NoSpace, OutputBusy, OutputExists
 from lorasmith.records import Plan, SideFile
+from lorasmith.safefile import read_header
 
 JOURNAL, RESULT, REPLACED = "journal", "result", "replaced"
 MOUNT_FOLDER = ".lorasmith.partial"
@@ -65,12 +66,17 @@ def _is_empty(target: str) -> bool:
 
 
 def _is_replaceable(target: str) -> bool:
+    """Whether what is there is a model or an adapter and nothing more."""
     if os.path.isfile(target):
-        return target.endswith(".safetensors")
+        try:
+            return bool(read_header(target).entries)
+        except LorasmithError:
+            return False
     if os.path.ismount(target):
         return False
     names = os.listdir(target)
-    return any(name in _MODEL_MARKS or name.endswith(".safetensors") for name in names)
+    weights = any(name.endswith((".safetensors", ".bin")) for name in names)
+    return weights and any(name in _MODEL_MARKS for name in names) and ".git" not in names
 
 
 def _place(target: str) -> str:
@@ -80,22 +86,32 @@ def _place(target: str) -> str:
 def _left_over(target: str) -> str | None:
     """The partial folder of an earlier run, if it is one of ours."""
     folder = _place(target)
-    return folder if os.path.isfile(os.path.join(folder, JOURNAL)) else None
+    ours = os.path.isdir(folder) and (os.path.isfile(os.path.join(folder, JOURNAL)) or not os.listdir(folder))
+    return folder if ours else None
 
 
 def free_space(out: str) -> int:
-    """Bytes free where the output will be."""
-    folder = os.path.realpath(out)
+    """Bytes there are for the result: free ones, and those an unfinished run of the same output holds."""
+    target = os.path.realpath(out)
+    folder = target
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder).free + _held(_place(target))
+
+
+def _held(folder: str) -> int:
+    if not hasattr(os, "statvfs"):
+        return 0
+    files = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+    return sum(os.lstat(file).st_blocks * 512 for file in files)
 
 
 class Workplace:
     """The partial folder of one run, locked; made by ``claim``."""
 
-    def __init__(self, out: str, target: str, folder: str, lock: int, made: str | None) -> None:
+    def __init__(self, out: str, target: str, folder: str, lock: int, made: str | None, overwrite: bool) -> None:
         self.out = out
+        self._overwrite = overwrite
         self.target = target
         self.folder = folder
         self.result = os.path.join(folder, RESULT)
@@ -109,7 +125,7 @@ class Workplace:
     def begin(self, plan: Plan) -> None:
         """Go on from what an earlier run of the same plan finished, or start afresh.
 
-        Raises NoSpace when what is left to write does not fit on the disk.
+        Raises OutputExists when another run has published a result meanwhile.
         """
         heading = {"lorasmith": plan.hash, "base": [list(facts) for facts in plan.base_files]}
         lines = self._read_journal()
@@ -123,16 +139,18 @@ class Workplace:
         if not self.finished and not self.published:
             self._clear()
             self._append(heading)
-        missing = plan.bytes_written - sum(self.finished.values())
-        free = shutil.disk_usage(self.folder).free + self._unfinished_bytes()
-        if not self.published and missing > free:
-            raise NoSpace(
-                errno.ENOSPC,
-                f"the result takes {missing:,} bytes more and the disk of {self.out} has {free:,} free; "
-                "make room or choose another output",
-            )
-        if not plan.single_file and not self.published:
+        if self.published:
+            return
+        self._require_free()
+        if not plan.single_file:
             os.makedirs(self.result, exist_ok=True)
+
+    def _require_free(self) -> None:
+        """Refuse to replace what ``check_output`` has not seen, or must not be replaced."""
+        if os.path.dirname(self.folder) == self.target or not os.path.lexists(self.target) or _is_empty(self.target):
+            return
+        if not (self._overwrite and _is_replaceable(self.target)):
+            raise OutputExists(f"{self.out} exists already; choose another output, or replace it with --overwrite")
 
     def path(self, name: str) -> str:
         """Where a file of the result is written, its folder made."""
@@ -170,16 +188,6 @@ class Workplace:
         except OSError:
             return -1
 
-    def _unfinished_bytes(self) -> int:
-        """Bytes that half-written files of an earlier run hold and that this run will reuse."""
-        held = 0
-        for root, _, names in os.walk(self.result):
-            for name in names:
-                inside = os.path.relpath(os.path.join(root, name), self.result).replace(os.sep, "/")
-                if inside not in self.finished:
-                    held += os.stat(os.path.join(root, name)).st_blocks * 512 if hasattr(os, "statvfs") else 0
-        return held
-
     def _clear(self) -> None:
         """Forget an earlier run: its result and its journal's lines."""
         os.ftruncate(self._journal, 0)
@@ -215,6 +223,7 @@ class Workplace:
 
     def _swap(self) -> None:
         """Make the result the output; after a kill at any point ``_finish_publishing`` does the rest."""
+        self._require_free()
         if os.path.dirname(self.folder) == self.target:
             _move_into(self.result, self.target)
             return
@@ -260,7 +269,7 @@ class Workplace:
 
 
 @contextlib.contextmanager
-def claim(out: str) -> Iterator[Workplace]:
+def claim(out: str, *, overwrite: bool) -> Iterator[Workplace]:
     """Make and lock the partial folder of an output for the time of a ``with`` block.
 
     It is removed when the block fails by an error of lorasmith's own; a full disk, a failed read or write, and an
@@ -272,11 +281,11 @@ def claim(out: str) -> Iterator[Workplace]:
     try:
         os.makedirs(os.path.dirname(folder), exist_ok=True)
         lock = _lock(out, folder)
-    except OutputBusy:
+    except LorasmithError:
         raise
     except OSError as error:
         raise IOFailed(error.errno, f"cannot write beside {out}: {error.strerror}") from error
-    place = Workplace(out, target, folder, lock, made)
+    place = Workplace(out, target, folder, lock, made, overwrite)
     try:
         yield place
     except (NoSpace, IOFailed):

@@ -94,7 +94,7 @@ def read(path: str, header: Header) -> Adapter:
     flag = config.get("fan_in_fan_out")
     return Adapter(
         path=path,
-        file=header.file,
+        stamp=header.stamp,
         deltas=tuple(deltas),
         ignored=tuple(ignored),
         sha256=digest(header),

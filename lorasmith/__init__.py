@@ -1,0 +1,107 @@
+"""lorasmith: make LoRA adapters part of a model, streamed, exact to one rounding, all or nothing.
+
+    import lorasmith
+
+    report = lorasmith.merge("base/", ["adapter/"], "merged/")
+    print(report.tensors_merged, report.survival)
+
+Importing this package loads nothing heavy: the public names are fetched when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lorasmith.errors import (
+        AdapterMismatch,
+        BadFile,
+        BadOption,
+        BudgetTooSmall,
+        IOFailed,
+        LorasmithError,
+        MissingFile,
+        NoSpace,
+        NotFinite,
+        OutputBusy,
+        OutputExists,
+        Unsupported,
+    )
+    from lorasmith.merging import merge, plan
+    from lorasmith.records import (
+        AdapterUse,
+        MergeReport,
+        Plan,
+        Progress,
+        Survival,
+        TargetGroup,
+        TensorSurvival,
+    )
+
+_HOME = {
+    "lorasmith.merging": ("merge", "plan"),
+    "lorasmith.records": (
+        "AdapterUse",
+        "MergeReport",
+        "Plan",
+        "Progress",
+        "Survival",
+        "TargetGroup",
+        "TensorSurvival",
+    ),
+    "lorasmith.errors": (
+        "AdapterMismatch",
+        "BadFile",
+        "BadOption",
+        "BudgetTooSmall",
+        "IOFailed",
+        "LorasmithError",
+        "MissingFile",
+        "NoSpace",
+        "NotFinite",
+        "OutputBusy",
+        "OutputExists",
+        "Unsupported",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [  # noqa: PLE0604 - the names are in the table above
+    "AdapterMismatch",
+    "AdapterUse",
+    "BadFile",
+    "BadOption",
+    "BudgetTooSmall",
+    "IOFailed",
+    "LorasmithError",
+    "MergeReport",
+    "MissingFile",
+    "NoSpace",
+    "NotFinite",
+    "OutputBusy",
+    "OutputExists",
+    "Plan",
+    "Progress",
+    "Survival",
+    "TargetGroup",
+    "TensorSurvival",
+    "Unsupported",
+    "__version__",
+    "merge",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,240 @@
+"""The main job, from paths to a published model: open, plan, execute, publish, report."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+
+from lorasmith.checkpoint import open_checkpoint
+from lorasmith.errors import BadOption, IOFailed, NoSpace, Unsupported
+from lorasmith.execution import Outcome, default_threads, execute
+from lorasmith.execution.blocks import Budget, fit
+from lorasmith.execution.workplace import check_output, claim, free_space
+from lorasmith.formats import read_adapter
+from lorasmith.planning import Options, build_plan
+from lorasmith.records import MergeReport, Plan, Progress, Resources, Survival
+from lorasmith.rounding import SURVIVAL_LIMIT
+
+Path = str | os.PathLike[str]
+AdapterArgument = Path | tuple[Path, float]
+
+DEFAULT_MEMORY = 128 << 20
+"""Bytes for buffers, beside the interpreter and torch themselves."""
+
+_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", re.DOTALL)
+
+
+def merge(
+    base: Path,
+    adapters: AdapterArgument | Sequence[AdapterArgument],
+    out: Path,
+    *,
+    dtype: str = "keep",
+    device: str = "cpu",
+    memory: int = DEFAULT_MEMORY,
+    threads: int | None = None,
+    max_shard_size: int | None = None,
+    tokenizer: str | None = None,
+    allow_unmatched: bool = False,
+    allow_overflow: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> MergeReport:
+    """Merge adapters into a base model and write the result to ``out``: ``W0 + Σ weightᵢ·ΔWᵢ``, rounded once.
+
+    ``base`` is a model folder or a ``.safetensors`` file, and ``out`` becomes the same kind of thing. ``adapters``
+    are PEFT folders or files: ``path``, ``"path:0.7"`` or ``(path, 0.7)``. ``dtype`` is ``keep`` or the dtype of
+    every floating-point tensor of the result: ``float32``, ``bfloat16``, ``float16``. ``memory`` and
+    ``max_shard_size`` are in bytes; ``memory`` bounds the buffers, whatever the size of the model. ``tokenizer``
+    says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``progress`` is called
+    about ten times a second, from the calling thread.
+
+    Nothing appears at ``out`` before all of it is written; a run that was killed goes on when it is called again
+    with the same arguments. Raises a ``LorasmithError`` (see ``lorasmith.errors``), most of them before anything
+    is written. May be called from several threads at once, for different outputs.
+    """
+    started = time.monotonic()
+    plan_ = plan(
+        base,
+        adapters,
+        out,
+        dtype=dtype,
+        device=device,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
+        allow_unmatched=allow_unmatched,
+        allow_overflow=allow_overflow,
+        overwrite=overwrite,
+    )
+    budget = _budget(plan_, memory, threads)
+    _require_space(plan_, os.fspath(out))
+    with claim(os.fspath(out), overwrite=overwrite) as place:
+        place.begin(plan_)
+        outcome = Outcome(None, plan_.bytes_written, 0)
+        if not place.published:
+            outcome = execute(plan_, place, budget, progress)
+            _require_unchanged(plan_)
+            place.write_side_files(plan_.side_files)
+        place.publish()
+    return _report(plan_, os.fspath(out), outcome, time.monotonic() - started)
+
+
+def plan(
+    base: Path,
+    adapters: AdapterArgument | Sequence[AdapterArgument],
+    out: Path | None = None,
+    *,
+    dtype: str = "keep",
+    device: str = "cpu",
+    max_shard_size: int | None = None,
+    tokenizer: str | None = None,
+    allow_unmatched: bool = False,
+    allow_overflow: bool = False,
+    overwrite: bool = False,
+) -> Plan:
+    """Everything ``merge`` would do with these arguments, having checked all that can be known before writing.
+
+    Reads headers, configs and the adapters, no tensor of the base. Given ``out``, also checks that the result may
+    be written there. Raises what ``merge`` would.
+    """
+    _require_cpu(device)
+    weighted = [_weighted(one) for one in _as_list(adapters)]
+    checkpoint = open_checkpoint(os.fspath(base))
+    if out is not None:
+        inputs = [checkpoint.path, *(path for path, _ in weighted)]
+        check_output(os.fspath(out), inputs, single_file=checkpoint.folder is None, overwrite=overwrite)
+    options = Options(
+        dtype=dtype,
+        device=device,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
+        allow_unmatched=allow_unmatched,
+        allow_overflow=allow_overflow,
+    )
+    return build_plan(checkpoint, [(read_adapter(path), weight) for path, weight in weighted], options)
+
+
+def resources(plan: Plan, out: Path, *, memory: int = DEFAULT_MEMORY, threads: int | None = None) -> Resources:
+    """Threads, memory and disk a plan takes.
+
+    Raises BudgetTooSmall when ``memory`` (bytes) is not enough, NoSpace when the disk is not.
+    """
+    budget = _budget(plan, memory, threads)
+    return Resources(budget.threads, budget.nbytes, plan.bytes_written, _require_space(plan, os.fspath(out)))
+
+
+def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
+    if threads is not None and threads < 1:
+        raise BadOption(f"threads must be at least 1, not {threads}")
+    if memory < 1:
+        raise BadOption(f"memory must be a positive number of bytes, not {memory}")
+    return fit(plan, memory, threads or default_threads())
+
+
+def _require_space(plan: Plan, out: str) -> int:
+    """The bytes free for the result."""
+    free = free_space(out)
+    if plan.bytes_written > free:
+        raise NoSpace(
+            f"the result takes {plan.bytes_written:,} bytes and the disk of {out} has {free:,} free; "
+            "make room or choose another output"
+        )
+    return free
+
+
+def _require_cpu(device: str) -> None:
+    if device == "cpu":
+        return
+    if re.fullmatch(r"cuda(:\d+)?|auto", device):
+        raise Unsupported(f"device {device!r} is not supported yet; use cpu")
+    raise BadOption(f"device {device!r} is not known; use cpu")
+
+
+def _require_unchanged(plan: Plan) -> None:
+    """Refuse to publish what was computed from files that changed under way."""
+    for file, size, mtime in (*plan.base_files, *plan.adapter_files):
+        try:
+            facts = os.stat(file)
+        except OSError:
+            facts = None
+        if facts is None or (facts.st_size, facts.st_mtime_ns) != (size, mtime):
+            raise IOFailed(f"{file} was changed while it was being merged; run the same command again")
+
+
+def _as_list(adapters: AdapterArgument | Sequence[AdapterArgument]) -> list[AdapterArgument]:
+    """One adapter need not be put in a list; ``(path, weight)`` is one adapter."""
+    if isinstance(adapters, (str, os.PathLike)):
+        return [adapters]
+    if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
+        return [(adapters[0], adapters[1])]
+    return [one for one in adapters if isinstance(one, (str, os.PathLike, tuple))]
+
+
+def _weighted(adapter: AdapterArgument) -> tuple[str, float]:
+    """Path and weight; an existing path that ends like ``:0.7`` is a path."""
+    if isinstance(adapter, tuple):
+        path, weight = os.fspath(adapter[0]), float(adapter[1])
+    else:
+        path, weight = os.fspath(adapter), 1.0
+        match = None if os.path.exists(path) else _WEIGHTED.fullmatch(path)
+        if match is not None:
+            path, weight = match["path"], float(match["weight"])
+    if not abs(weight) < float("inf"):
+        raise BadOption(f"the weight {weight} of {path} is not a finite number")
+    return path, weight
+
+
+def _report(plan: Plan, out: str, outcome: Outcome, seconds: float) -> MergeReport:
+    return MergeReport(
+        out=out,
+        base=plan.base,
+        adapters=plan.adapters,
+        targets=plan.targets,
+        dtype=plan.dtype,
+        tensors_merged=plan.tensors_merged,
+        tensors_replaced=plan.tensors_replaced,
+        tensors_converted=plan.tensors_converted,
+        tensors_copied=plan.tensors_copied,
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        bytes_resumed=outcome.bytes_resumed,
+        survival=outcome.survival,
+        seconds=seconds,
+        rate=(plan.bytes_written - outcome.bytes_resumed) / seconds if seconds > 0 else 0.0,
+        peak_memory=_peak_memory(),
+        threads=outcome.threads,
+        plan_hash=plan.hash,
+        notes=plan.notes,
+        warnings=(*plan.warnings, *_survival_warnings(outcome.survival, plan)),
+    )
+
+
+def _survival_warnings(survival: Survival | None, plan: Plan) -> list[str]:
+    if survival is None:
+        return []
+    if survival.total is None:
+        return ["every sampled row of every delta is zero: the adapter changes nothing; was it trained?"]
+    if survival.total >= SURVIVAL_LIMIT:
+        return []
+    lost = f"rounding left {survival.total:.0%} of the delta, which is only {survival.relative_norm:.2%} of the weights"
+    return [f"{lost}; write a finer dtype to keep it: --dtype float16 or --dtype float32"]
+
+
+def _peak_memory() -> int:
+    """The most memory this process has held, in bytes; 0 where the system does not say."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as stream:
+            line = next(line for line in stream if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return _peak_by_getrusage()
+
+
+def _peak_by_getrusage() -> int:
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

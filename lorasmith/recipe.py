@@ -1,0 +1,58 @@
+"""What makes a result what it is: the provenance record, and the hash that names the result.
+
+Neither knows a path or a time: equal runs on different machines write equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lorasmith import __version__
+from lorasmith.checkpoint import Checkpoint
+from lorasmith.records import AdapterUse, Convert, Copy, Merge, Output
+
+
+def recipe(checkpoint: Checkpoint, uses: Sequence[AdapterUse], **options: Any) -> dict[str, Any]:
+    """Versions, inputs with their digests, and the options that bear on the result, as JSON types."""
+    return {
+        "lorasmith": __version__,
+        "torch": importlib.metadata.version("torch"),
+        **options,
+        "base": [
+            {"file": os.path.basename(shard.file), "size": shard.size, "header_sha256": shard.sha256}
+            for shard in checkpoint.shards
+        ],
+        "adapters": [
+            {
+                "weight": use.weight,
+                "sha256": use.sha256,
+                "kinds": list(use.kinds),
+                "rank": list(use.rank),
+                "scale": list(use.scale),
+                "names_base": use.names_base,
+            }
+            for use in uses
+        ],
+    }
+
+
+def plan_hash(record: dict[str, Any], outputs: Sequence[Output]) -> str:
+    """SHA-256 of the recipe and of every step."""
+    sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for output in outputs:
+        sha.update(f"{output.name} {output.size}\n".encode())
+        for step in output.steps:
+            sha.update(f"{type(step).__name__} {step.offset} {step.nbytes} ".encode())
+            if isinstance(step, Copy):
+                sha.update(f"{os.path.basename(step.source)} {step.start}\n".encode())
+            if isinstance(step, Convert):
+                sha.update(f"{step.entry.name} {step.dtype}\n".encode())
+            for term in step.terms if isinstance(step, Merge) else ():
+                names = [entry.name for entry in term.delta.entries]
+                sha.update(f"{term.adapter} {term.factor!r} {term.delta.scale!r} {term.delta.kind} {names}\n".encode())
+    return sha.hexdigest()

@@ -1,0 +1,76 @@
+"""What stands beside the weights in a merged folder: config, tokenizer, index, provenance and the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorasmith.adapter import Adapter
+from lorasmith.checkpoint import TOKENIZER_FILES, Checkpoint
+from lorasmith.dtypes import NAMES
+from lorasmith.errors import BadOption, listed
+from lorasmith.records import SideFile
+
+PROVENANCE = "lorasmith.json"
+
+
+def side_files(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    *,
+    index: SideFile | None,
+    provenance: str,
+    dtype: str | None,
+    tokenizer: str | None,
+) -> tuple[SideFile, ...]:
+    """The base's side files with those keys and files changed that must; ``dtype`` is a format code or None."""
+    files = {name: SideFile(name, source=path) for name, path in checkpoint.side_files.items()}
+    theirs = _adapters_tokenizer(adapters, tokenizer)
+    if theirs:
+        files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES}
+        files |= {name: SideFile(name, source=path) for name, path in theirs.items()}
+    if dtype is not None:
+        config = _with_dtype(checkpoint.config, NAMES[dtype])
+        if config != checkpoint.config:
+            files["config.json"] = SideFile("config.json", text=json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    if index is not None:
+        files[index.name] = index
+    files[PROVENANCE] = SideFile(PROVENANCE, text=provenance + "\n")
+    return tuple(files[name] for name in sorted(files))
+
+
+def _adapters_tokenizer(adapters: Sequence[Adapter], wanted: str | None) -> Mapping[str, str]:
+    """The tokenizer files that replace the base's as one set; none where the base's stay."""
+    if wanted not in (None, "base", "adapter"):
+        raise BadOption(f"tokenizer {wanted!r} is neither base nor adapter")
+    having = [one for one in adapters if any(name.startswith("token") for name in one.side_files)]
+    if wanted == "adapter" and not having:
+        raise BadOption("--tokenizer adapter was given, but no adapter folder holds a tokenizer")
+    if wanted == "base" or not having:
+        return {}
+    contents = {tuple((name, _read(path)) for name, path in sorted(one.side_files.items())) for one in having}
+    if len(contents) > 1:
+        raise BadOption(
+            f"{listed([one.path for one in having])} carry different tokenizers; use --tokenizer base, "
+            "or take the tokenizer files out of all but one adapter folder"
+        )
+    return having[0].side_files
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with every entry that names the weights' dtype changed."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value in NAMES.values():
+            changed[key] = dtype
+        elif key.endswith("_config") and isinstance(value, Mapping):
+            changed[key] = _with_dtype(value, dtype)
+        else:
+            changed[key] = value
+    return changed
+
+
+def _read(file: str) -> bytes:
+    with open(file, "rb") as stream:
+        return stream.read()
