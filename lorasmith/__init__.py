@@ -69,7 +69,7 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [  # noqa: PLE0604 - the names are in the table above
+__all__ = [
     "AdapterMismatch",
     "AdapterUse",
     "BadFile",

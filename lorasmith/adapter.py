@@ -81,8 +81,8 @@ def digest(header: Header) -> str:
     def blocks(start: int, stop: int) -> Iterator[npt.NDArray[np.uint8]]:
         for position in range(start, stop, _BLOCK):
             block = buffer[: min(_BLOCK, stop - position)]
-            reader.into(memoryview(block), position)
-            sha.update(block)
+            reader.into(block.data, position)
+            sha.update(block.data)
             yield block
 
     try:

@@ -131,7 +131,9 @@ def _choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) ->
     explicit = config.get("transformers_weights")
     if explicit is not None:
         if not isinstance(explicit, str) or explicit not in names:
-            raise BadFile(f"{folder}: config.json names {explicit!r} as transformers_weights, which is not in the folder")
+            raise BadFile(
+                f"{folder}: config.json names {explicit!r} as transformers_weights, which is not in the folder"
+            )
         return explicit
     for name in ("model.safetensors", "model" + INDEX_SUFFIX):
         if name in names:
@@ -180,10 +182,14 @@ def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tupl
         present = {entry.name for entry in header.entries}
         ghosts = [name for name, shard in weight_map.items() if shard == file and name not in present]
         if ghosts:
-            raise BadFile(f"{where} places {listed(ghosts)} in {file}, which does not hold it; index and shards disagree")
+            raise BadFile(
+                f"{where} places {listed(ghosts)} in {file}, which does not hold it; index and shards disagree"
+            )
         strays = [name for name in present if weight_map.get(name, file) != file]
         if strays:
-            raise BadFile(f"{where} places {listed(sorted(strays))} in another shard than {file}, which holds it as well")
+            raise BadFile(
+                f"{where} places {listed(sorted(strays))} in another shard than {file}, which holds it as well"
+            )
     return shards
 
 
@@ -197,7 +203,9 @@ def _refuse_duplicates(checkpoint: Checkpoint) -> None:
     seen: dict[str, str] = {}
     for entry in checkpoint.entries:
         if entry.name in seen:
-            raise BadFile(f"{checkpoint.path}: tensor {entry.name!r} stands in both {seen[entry.name]} and {entry.file}")
+            raise BadFile(
+                f"{checkpoint.path}: tensor {entry.name!r} stands in both {seen[entry.name]} and {entry.file}"
+            )
         seen[entry.name] = entry.file
 
 

@@ -24,6 +24,10 @@ from collections.abc import Sequence
 class LorasmithError(Exception):
     """Root of everything lorasmith raises on purpose."""
 
+    def __str__(self) -> str:
+        """The message alone, without the errno that some of the children carry as well."""
+        return str(self.args[-1]) if self.args else ""
+
 
 class MissingFile(LorasmithError, FileNotFoundError):
     """A file or folder that was named does not exist."""

@@ -109,7 +109,8 @@ def _output(checkpoint: Checkpoint, part: Part, terms: Terms, dtype: str | None)
         codes = [(entry, kept(entry, dtype)) for entry in part.entries]
         tensors = [(entry.name, code, entry.shape, nbytes(entry, code)) for entry, code in codes]
         first = Write(build_header(tensors, metadata), 0)
-    steps, position = [first], first.nbytes
+    steps: list[Step] = [first]
+    position = first.nbytes
     for entry in part.entries:
         step = _step(entry, kept(entry, dtype), position, terms.get(entry.name, ()))
         position += step.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -40,6 +41,7 @@ def merge(
     allow_unmatched: bool = False,
     allow_overflow: bool = False,
     overwrite: bool = False,
+    planned: Callable[[Plan, Resources], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeReport:
     """Merge adapters into a base model and write the result to ``out``: ``W0 + Σ weightᵢ·ΔWᵢ``, rounded once.
@@ -48,8 +50,9 @@ def merge(
     are PEFT folders or files: ``path``, ``"path:0.7"`` or ``(path, 0.7)``. ``dtype`` is ``keep`` or the dtype of
     every floating-point tensor of the result: ``float32``, ``bfloat16``, ``float16``. ``memory`` and
     ``max_shard_size`` are in bytes; ``memory`` bounds the buffers, whatever the size of the model. ``tokenizer``
-    says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``progress`` is called
-    about ten times a second, from the calling thread.
+    says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``planned`` is called once,
+    before anything is written: raise in it to stop there. ``progress`` is called about ten times a second. Both are
+    called from the calling thread.
 
     Nothing appears at ``out`` before all of it is written; a run that was killed goes on when it is called again
     with the same arguments. Raises a ``LorasmithError`` (see ``lorasmith.errors``), most of them before anything
@@ -69,7 +72,9 @@ def merge(
         overwrite=overwrite,
     )
     budget = _budget(plan_, memory, threads)
-    _require_space(plan_, os.fspath(out))
+    takes = _resources(plan_, budget, os.fspath(out))
+    if planned is not None:
+        planned(plan_, takes)
     with claim(os.fspath(out), overwrite=overwrite) as place:
         place.begin(plan_)
         outcome = Outcome(None, plan_.bytes_written, 0)
@@ -121,8 +126,18 @@ def resources(plan: Plan, out: Path, *, memory: int = DEFAULT_MEMORY, threads: i
 
     Raises BudgetTooSmall when ``memory`` (bytes) is not enough, NoSpace when the disk is not.
     """
-    budget = _budget(plan, memory, threads)
-    return Resources(budget.threads, budget.nbytes, plan.bytes_written, _require_space(plan, os.fspath(out)))
+    return _resources(plan, _budget(plan, memory, threads), os.fspath(out))
+
+
+def _resources(plan: Plan, budget: Budget, out: str) -> Resources:
+    free = free_space(out)
+    if plan.bytes_written > free:
+        raise NoSpace(
+            errno.ENOSPC,
+            f"the result takes {plan.bytes_written:,} bytes and the disk of {out} has {free:,} free; "
+            "make room or choose another output",
+        )
+    return Resources(budget.threads, budget.nbytes, plan.bytes_written, free)
 
 
 def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
@@ -131,17 +146,6 @@ def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
     if memory < 1:
         raise BadOption(f"memory must be a positive number of bytes, not {memory}")
     return fit(plan, memory, threads or default_threads())
-
-
-def _require_space(plan: Plan, out: str) -> int:
-    """The bytes free for the result."""
-    free = free_space(out)
-    if plan.bytes_written > free:
-        raise NoSpace(
-            f"the result takes {plan.bytes_written:,} bytes and the disk of {out} has {free:,} free; "
-            "make room or choose another output"
-        )
-    return free
 
 
 def _require_cpu(device: str) -> None:

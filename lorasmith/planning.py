@@ -230,9 +230,7 @@ def _targets(bound: Sequence[_Bound]) -> Iterator[TargetGroup]:
             groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module), delta.kind), []).append(delta)
         for (target, kind), deltas in groups.items():
             ranks, scales = [delta.rank for delta in deltas], [delta.scale for delta in deltas]
-            yield TargetGroup(
-                position, target, kind, len(deltas), (min(ranks), max(ranks)), (min(scales), max(scales))
-            )
+            yield TargetGroup(position, target, kind, len(deltas), (min(ranks), max(ranks)), (min(scales), max(scales)))
 
 
 def _warnings(

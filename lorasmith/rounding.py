@@ -76,7 +76,12 @@ def sample(tensor: str, block: int, out: torch.Tensor, w0: torch.Tensor, delta: 
     base, exact = w0.to(torch.float64), delta.to(torch.float64)
     moved = out.to(torch.float64) - base
     return Sample(
-        tensor, block, (moved * exact).sum().item(), exact.square().sum().item(), base.square().sum().item(), out.numel()
+        tensor,
+        block,
+        (moved * exact).sum().item(),
+        exact.square().sum().item(),
+        base.square().sum().item(),
+        out.numel(),
     )
 
 

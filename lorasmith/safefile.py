@@ -110,7 +110,7 @@ def open_regular(file: str) -> Any:
         mode = os.stat(file).st_mode
         if not stat.S_ISREG(mode):
             raise BadFile(f"{file} is not a regular file")
-        return open(file, "rb")  # noqa: SIM115 - the caller closes it
+        return open(file, "rb")
     except FileNotFoundError:
         raise MissingFile(f"{file} does not exist (or is a link to nothing)") from None
     except ValueError as error:
@@ -215,9 +215,7 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def build_header(
-    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]
-) -> bytes:
+def build_header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
     """The first bytes of a file whose tensors (name, dtype, shape, nbytes) follow in this order.
 
     Metadata keys are sorted, and the header is padded with spaces to a multiple of 8 bytes, as the

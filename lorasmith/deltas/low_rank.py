@@ -67,7 +67,7 @@ def read_tensor(reader: Reader, tensor: torch.Tensor, offset: int) -> None:
     import torch
 
     if tensor.numel():
-        reader.into(memoryview(tensor.view(-1).view(torch.uint8).numpy()), offset)
+        reader.into(tensor.view(-1).view(torch.uint8).numpy().data, offset)
 
 
 @dataclass(frozen=True)

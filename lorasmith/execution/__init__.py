@@ -7,7 +7,6 @@ panels, each with torch's own threads switched off.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import threading
 import time
@@ -15,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from lorasmith.errors import IOFailed, NoSpace
 from lorasmith.execution.blocks import Budget, Task, tasks
 from lorasmith.execution.worker import Worker
 from lorasmith.execution.workplace import Workplace
@@ -47,14 +45,12 @@ def default_threads() -> int:
 def execute(plan: Plan, place: Workplace, budget: Budget, progress: ProgressCallback | None = None) -> Outcome:
     """Write every file of the plan that holds weights and is not finished yet.
 
-    Raises NotFinite, NoSpace, IOFailed.
+    Raises NotFinite, IOFailed, and the system's own OSError from a failed write (``claim`` makes it lorasmith's).
     """
     queue = _Queue(plan, budget, place)
     started = time.monotonic()
     with _readers(plan) as readers, _torch_threads_kept():
-        workers = [
-            Worker(budget.panel, readers, allow_overflow=plan.allow_overflow) for _ in range(budget.threads)
-        ]
+        workers = [Worker(budget.panel, readers, allow_overflow=plan.allow_overflow) for _ in range(budget.threads)]
         running = [threading.Thread(target=queue.work, args=(worker,), daemon=True) for worker in workers]
         if queue.needs_torch:
             running.append(threading.Thread(target=queue.import_torch, daemon=True))
@@ -189,21 +185,8 @@ class _Queue:
 
     def raise_error(self) -> None:
         """Raise what went wrong in any thread."""
-        error = self._error
-        if error is None:
-            return
-        if isinstance(error, OSError) and not isinstance(error, IOFailed):
-            raise as_ours(error, self._place.out) from error
-        raise error
-
-
-def as_ours(error: OSError, out: str) -> NoSpace | IOFailed:
-    """An error of the system's, met while writing, as one of ours."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(
-            error.errno, f"the disk of {out} is full; make room and run the same command again to go on from here"
-        )
-    return IOFailed(error.errno, f"writing {out} failed: {error.strerror}; run the same command again to go on from here")
+        if self._error is not None:
+            raise self._error
 
 
 @contextlib.contextmanager

@@ -50,7 +50,9 @@ def check_output(out: str, inputs: Sequence[str], *, single_file: bool, overwrit
     if _is_empty(target) or (overwrite and _is_replaceable(target)):
         return
     if overwrite:
-        raise OutputExists(f"{out} is neither a model nor an adapter, so --overwrite leaves it alone; remove it yourself")
+        raise OutputExists(
+            f"{out} is neither a model nor an adapter, so --overwrite leaves it alone; remove it yourself"
+        )
     if _left_over(target) is None:
         raise OutputExists(f"{out} exists already; choose another output, or replace it with --overwrite")
 
@@ -273,7 +275,8 @@ def claim(out: str, *, overwrite: bool) -> Iterator[Workplace]:
     """Make and lock the partial folder of an output for the time of a ``with`` block.
 
     It is removed when the block fails by an error of lorasmith's own; a full disk, a failed read or write, and an
-    interruption leave it for the next run. Raises OutputBusy when another run holds it.
+    interruption leave it for the next run. Raises OutputBusy when another run holds it, and NoSpace or IOFailed for
+    what the system reports under way.
     """
     target = os.path.realpath(out)
     folder = _place(target)
@@ -289,9 +292,12 @@ def claim(out: str, *, overwrite: bool) -> Iterator[Workplace]:
     try:
         yield place
     except (NoSpace, IOFailed):
-        if not place.finished and not os.path.lexists(place.result):
-            place.remove()
         raise
+    except OSError as error:
+        if isinstance(error, LorasmithError):
+            place.remove()
+            raise
+        raise _as_ours(error, out) from error
     except Exception:
         place.remove()
         raise
@@ -299,9 +305,22 @@ def claim(out: str, *, overwrite: bool) -> Iterator[Workplace]:
         os.close(lock)
 
 
+def _as_ours(error: OSError, out: str) -> NoSpace | IOFailed:
+    """An error of the system's, met while writing, as one of ours."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(
+            error.errno, f"the disk of {out} is full; make room and run the same command again to go on from here"
+        )
+    return IOFailed(
+        error.errno, f"writing {out} failed: {error.strerror}; run the same command again to go on from here"
+    )
+
+
 def _lock(out: str, folder: str) -> int:
     """The journal, opened and locked: made if need be, refused if the folder is not ours."""
-    busy = OutputBusy(errno.EAGAIN, f"another run is writing {out} ({folder} is locked); wait for it, or choose another output")
+    busy = OutputBusy(
+        errno.EAGAIN, f"another run is writing {out} ({folder} is locked); wait for it, or choose another output"
+    )
     path = os.path.join(folder, JOURNAL)
     while True:
         if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(path):
@@ -351,8 +370,7 @@ def _identity(path: str) -> list[int]:
 
 def _move_into(result: str, target: str) -> None:
     """Move a result's files into a mount point, what makes it a model last."""
-    names = [name for name in os.listdir(result)]
-    names.sort(key=lambda name: (name == "config.json", name.endswith(".index.json"), name))
+    names = sorted(os.listdir(result), key=lambda name: (name == "config.json", name.endswith(".index.json"), name))
     for name in names:
         os.replace(os.path.join(result, name), os.path.join(target, name))
     _sync_folder(target)

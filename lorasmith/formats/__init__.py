@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Protocol
 
 from lorasmith.adapter import Adapter
 from lorasmith.checkpoint import require_path
@@ -11,8 +12,19 @@ from lorasmith.errors import AdapterMismatch, BadFile, MissingFile, Unsupported,
 from lorasmith.formats import peft
 from lorasmith.safefile import Header, read_header
 
-FORMATS = {"peft": peft}
-"""Every dialect that can be read: modules with ``recognises(header)`` and ``read(source)``."""
+
+class Dialect(Protocol):
+    """What a module of this folder offers."""
+
+    def recognises(self, header: Header) -> bool:
+        """Whether the tensors have this dialect's names."""
+
+    def read(self, path: str, header: Header) -> Adapter:
+        """Read the adapter at ``path`` (a folder or a file), whose tensors ``header`` lists."""
+
+
+FORMATS: dict[str, Dialect] = {"peft": peft}
+"""Every dialect that can be read, by its name."""
 
 _FOREIGN = (
     (re.compile(r"^lora_(unet|te\d?|transformer)_|\.lora_(up|down)\.weight$"), "a kohya (sd-scripts) LoRA"),

@@ -48,14 +48,15 @@ REFUSED_OPTIONS = {
 }
 """Options of a LoraConfig that change what the tensors mean and are not merged yet, by what to call them."""
 
-KNOWN_OPTIONS = frozenset(
-    """alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
-    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config
-    lora_alpha lora_dropout lora_ga_config megatron_core modules_to_save monteclora_config peft_type peft_version
-    qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_dora use_rslora
-    velora_config inner_lora_dropout train_mlp train_attn train_unembed merge_weights enable_lora
-    """.split()
-) | frozenset(REFUSED_OPTIONS)
+KNOWN_OPTIONS = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "velora_config", "inner_lora_dropout", "train_mlp", "train_attn", "train_unembed", "merge_weights",
+    "enable_lora",
+)) | frozenset(REFUSED_OPTIONS)  # fmt: skip
 
 
 @dataclass
@@ -84,9 +85,7 @@ def read(path: str, header: Header) -> Adapter:
     modules, replacements, ignored = _sort_tensors(header)
     scales = _Scales(where, config, known=config_source is not None)
     deltas = [
-        ModuleDelta(
-            module, "weight", _delta(header.file, module, parts, scales), parts.names, _is_embedding(parts)
-        )
+        ModuleDelta(module, "weight", _delta(header.file, module, parts, scales), parts.names, _is_embedding(parts))
         for module, parts in modules.items()
     ]
     deltas += replacements
@@ -138,7 +137,9 @@ def _config(path: str, header: Header) -> tuple[dict[str, Any], str | None]:
                 )
         return config, beside
     if os.path.isdir(path):
-        raise BadFile(f"{path} has no adapter_config.json, so the scale of its deltas is unknown; copy it from the training run")
+        raise BadFile(
+            f"{path} has no adapter_config.json, so the scale of its deltas is unknown; copy it from the training run"
+        )
     if inside is not None:
         return inside, header.file
     return {}, None
@@ -213,7 +214,9 @@ class _Scales:
                 "the config belongs to another adapter, or rank_pattern was lost"
             )
         if alpha is not None and alpha != ours:
-            raise AdapterMismatch(f"{self._where}: module {module!r} has alpha {alpha:g} in its tensors and {ours:g} in the config")
+            raise AdapterMismatch(
+                f"{self._where}: module {module!r} has alpha {alpha:g} in its tensors and {ours:g} in the config"
+            )
         return ours / math.sqrt(rank) if self._rslora else ours / rank
 
     def _lookup(self, patterns: Mapping[str, float], module: str, default: float) -> float:
@@ -280,7 +283,9 @@ def _role(entry: TensorEntry, match: re.Match[str], adapters: set[str]) -> str:
     rest = [part for part in match["rest"].split(".") if part]
     leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
     if leaf == "bias":
-        raise Unsupported(f"{entry.file}: tensor {entry.name!r} is a bias on the adapter (lora_bias), which is not supported yet")
+        raise Unsupported(
+            f"{entry.file}: tensor {entry.name!r} is a bias on the adapter (lora_bias), which is not supported yet"
+        )
     if len(rest) > 1:
         raise Unsupported(f"{entry.file}: the name {entry.name!r} is not one that PEFT writes")
     adapters.update(rest)
@@ -298,7 +303,9 @@ def _put(parts: _Parts, role: str, entry: TensorEntry) -> None:
 
 def _float(entry: TensorEntry) -> TensorEntry:
     if entry.dtype not in FLOATS:
-        raise Unsupported(f"{entry.file}: tensor {entry.name!r} is stored as {entry.dtype}; factors must be floating point")
+        raise Unsupported(
+            f"{entry.file}: tensor {entry.name!r} is stored as {entry.dtype}; factors must be floating point"
+        )
     return entry
 
 
@@ -368,7 +375,9 @@ def _scalar(entry: TensorEntry) -> float:
     import numpy as np
 
     if math.prod(entry.shape) != 1 or entry.dtype not in (*FLOATS, "I64", "I32"):
-        raise BadFile(f"{entry.file}: {entry.name!r} should be one number, not {entry.dtype} of shape {list(entry.shape)}")
+        raise BadFile(
+            f"{entry.file}: {entry.name!r} should be one number, not {entry.dtype} of shape {list(entry.shape)}"
+        )
     raw = bytearray(entry.nbytes)
     reader = Reader(entry.file)
     try:
@@ -379,4 +388,3 @@ def _scalar(entry: TensorEntry) -> float:
         return float(np.frombuffer(bytes(2) + bytes(raw), "<f4")[0])
     kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
     return float(np.frombuffer(raw, kinds[entry.dtype])[0])
-

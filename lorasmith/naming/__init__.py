@@ -63,7 +63,8 @@ def _bind(adapter: Adapter, wanted: Sequence[str], names: Mapping[str, TensorEnt
         return best
     fits: list[tuple[str, str]] = []
     for strip, add in _prefix_rules(wanted, names):
-        found = {name: names[moved] for name in wanted if (moved := _move(name, strip, add)) in names}
+        moves = ((name, _move(name, strip, add)) for name in wanted)
+        found = {name: names[moved] for name, moved in moves if moved is not None and moved in names}
         if len(found) > len(best):
             best, fits = found, [(strip, add)]
         elif fits and len(found) == len(best):

@@ -20,10 +20,9 @@ _VIT = (
     (r"output.dense", "mlp.fc2"),
 )
 
-RENAMINGS = {
-    model_type: _VIT
-    for model_type in ("audio-spectrogram-transformer", "deit", "ijepa", "vit", "vit_mae", "vit_msn", "vivit")
-}
+RENAMINGS = dict.fromkeys(
+    ("audio-spectrogram-transformer", "deit", "ijepa", "vit", "vit_mae", "vit_msn", "vivit"), _VIT
+)
 """Regular expression and replacement, applied one after the other to each name."""
 
 

@@ -1,0 +1,61 @@
+"""The command line: one file per command, and the one table from errors to exit codes.
+
+Exit 0 done, 1 failed, 2 wrong usage, 130 interrupted. Data goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from lorasmith import __version__
+from lorasmith.cli.demo import demo
+from lorasmith.cli.merge import merge
+from lorasmith.cli.output import error
+from lorasmith.errors import BadOption, LorasmithError
+
+DEBUG = "LORASMITH_DEBUG"
+"""Environment variable that turns messages into tracebacks."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lorasmith")
+def commands() -> None:
+    """Make LoRA adapters part of a model: streamed, exact to one rounding, all or nothing."""
+
+
+commands.add_command(merge)
+commands.add_command(demo)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command and exit with its code."""
+    if os.environ.get(DEBUG):
+        commands.main(args, prog_name="lorasmith")
+    sys.exit(_run(args))
+
+
+def _run(args: Sequence[str] | None) -> int:
+    try:
+        return commands.main(args, prog_name="lorasmith", standalone_mode=False) or 0
+    except click.ClickException as wrong:
+        wrong.show()
+        return wrong.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        error("interrupted; nothing was published, and the same command goes on from what is finished")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except LorasmithError as failed:
+        error(str(failed))
+        return 2 if isinstance(failed, BadOption) else 1
+    except MemoryError:
+        error("the memory of this machine is used up; try a smaller --memory or fewer --threads")
+        return 1
+    except Exception as unforeseen:
+        error(f"unforeseen {type(unforeseen).__name__}: {unforeseen} (a defect; {DEBUG}=1 shows where)")
+        return 1

@@ -1,0 +1,86 @@
+"""``lorasmith merge``: adapters into a model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from lorasmith.cli.output import Output, output_options
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes: ``5GB``, ``128MiB``, ``1000000``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
+        if match is None or match[2] not in UNITS:
+            self.fail(f"{value!r} is not a size; write it like 5GB or 128MiB", param, ctx)
+        return int(float(match[1]) * UNITS[match[2]])
+
+
+@click.command(short_help="Merge adapters into a model.")
+@click.argument("base", metavar="BASE")
+@click.argument("adapters", metavar="ADAPTER[:WEIGHT]...", nargs=-1, required=True)
+@click.option("-o", "--out", metavar="OUT", required=True, help="Where the merged model goes.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+    default="keep",
+    show_default=True,
+    help="The result's floating-point tensors.",
+)
+@click.option("--device", default="cpu", show_default=True, help="What computes; only cpu so far.")
+@click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: usable processors + 2]")
+@click.option("--memory", type=Size(), default="128MiB", show_default=True, help="Buffers, beside Python and torch.")
+@click.option("--max-shard-size", type=Size(), help="Cut the result into shards of at most this size, like 5GB.")
+@click.option("--tokenizer", type=click.Choice(["base", "adapter"]), help="Whose.  [default: the adapter's if any]")
+@click.option("--allow-unmatched", is_flag=True, help="Leave out adapter tensors that fit nothing in the base.")
+@click.option("--allow-overflow", is_flag=True, help="Clip values too large for the output dtype.")
+@click.option("--overwrite", is_flag=True, help="Replace the model at OUT, once the new one is complete.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@output_options
+def merge(
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    threads: int | None,
+    memory: int,
+    dry_run: bool,
+    output: Output,
+    **options: Any,
+) -> None:
+    """Merge one or more LoRA adapters into the model BASE and write the result to OUT.
+
+    BASE is a model folder or a .safetensors file; OUT becomes the same kind of thing. ADAPTER is a PEFT folder or
+    file; WEIGHT is a number, by default 1:
+
+    \b
+        lorasmith merge base/ adapter/ -o merged/
+        lorasmith merge base/ style/:0.7 facts/:0.3 -o merged/
+
+    Nothing appears at OUT before all of it is on the disk. A run that was killed goes on when it is given again.
+    """
+    from lorasmith import merging
+
+    if dry_run:
+        plan = merging.plan(base, list(adapters), out, **options)
+        output.plan(plan, merging.resources(plan, out, memory=memory, threads=threads), out)
+        return
+    with output.progress() as progress:
+        report = merging.merge(
+            base,
+            list(adapters),
+            out,
+            threads=threads,
+            memory=memory,
+            planned=lambda plan, takes: output.intent(plan, takes, out),
+            progress=progress,
+            **options,
+        )
+    output.report(report)

@@ -1,0 +1,219 @@
+"""The one place that prints: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lorasmith.records import AdapterUse, MergeReport, Plan, Progress, Resources, Survival, TargetGroup
+
+LOG_SECONDS = 5.0
+"""Between two lines of progress where there is no terminal."""
+
+
+def output_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--json``, ``--quiet`` and ``--no-progress`` to a command, which gets them as an ``Output``."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+    @click.option("--no-progress", is_flag=True, help="Show no progress.")
+    @functools.wraps(command)
+    def wrapped(as_json: bool, quiet: bool, no_progress: bool, **others: Any) -> None:
+        command(output=Output(as_json, quiet, show_progress=not (quiet or no_progress)), **others)
+
+    return wrapped
+
+
+def error(message: str) -> None:
+    """Say what went wrong."""
+    click.secho(f"Error: {message}", err=True, fg="red")
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command was asked to speak."""
+
+    as_json: bool = False
+    quiet: bool = False
+    show_progress: bool = True
+
+    def plan(self, plan: Plan, takes: Resources, out: str) -> None:
+        """What a merge would do."""
+        if self.as_json:
+            from lorasmith.records import plain
+
+            self._data({**plan.to_dict(), "resources": plain(takes)})
+        else:
+            self._text([*_plan_lines(plan, takes, out), "Nothing was written (--dry-run)."])
+        self._warn(plan.warnings)
+
+    def intent(self, plan: Plan, takes: Resources, out: str) -> None:
+        """One line before a merge begins."""
+        if not (self.quiet or self.as_json):
+            what = f"Merging {_count(plan.tensors_merged + plan.tensors_replaced, 'tensor')}"
+            click.echo(f"{what}, writing {size(plan.bytes_written)} to {out} ({takes.threads} threads)", err=True)
+
+    def report(self, report: MergeReport) -> None:
+        """What a merge did."""
+        if self.as_json:
+            self._data(report.to_dict())
+        else:
+            self._text(_report_lines(report))
+        self._warn(report.warnings)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if not (self.as_json or self.quiet):
+            click.echo(text)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[Progress], None] | None]:
+        """A callback that shows how far a run is: a bar on a terminal, a line every few seconds elsewhere."""
+        if not self.show_progress:
+            yield None
+        elif sys.stderr.isatty():
+            with contextlib.closing(_Bar()) as bar:
+                yield bar
+        else:
+            yield _Log()
+
+    def _text(self, lines: Iterable[str]) -> None:
+        if not self.quiet:
+            click.echo("\n".join(lines))
+
+    def _data(self, value: object) -> None:
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            click.secho(f"Warning: {warning}", err=True, fg="yellow")
+
+
+class _Bar:
+    """Bytes, rate and time left, redrawn in place."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=progress.total, initial=progress.resumed, unit="B", unit_scale=True, leave=False, file=sys.stderr
+            )
+        self._bar.update(progress.done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Log:
+    """A line every few seconds."""
+
+    def __init__(self) -> None:
+        self._next = LOG_SECONDS
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.seconds < self._next or progress.done == progress.total:
+            return
+        self._next = progress.seconds + LOG_SECONDS
+        left = "" if progress.seconds_left is None else f", {progress.seconds_left:.0f} s left"
+        share = progress.done / progress.total
+        text = f"{size(progress.done)} of {size(progress.total)} ({share:.0%}), {size(progress.rate)}/s{left}"
+        click.echo(text, err=True)
+
+
+# ------------------------------------------------------------------------------------------------ what to say
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of 1000: ``2.47 GB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 999.5 or unit == "TB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+
+
+def _plan_lines(plan: Plan, takes: Resources, out: str) -> Iterator[str]:
+    yield f"base     {plan.base} ({_count(len(plan.base_files), 'file')})"
+    yield from _adapter_lines(plan.adapters)
+    yield ""
+    yield from _target_lines(plan.targets, several=len(plan.adapters) > 1)
+    yield ""
+    yield f"tensors  {_tensors(plan)}"
+    yield f"read     {size(plan.bytes_read)}"
+    yield f"write    {size(plan.bytes_written)} to {out} ({size(takes.disk_free)} free)"
+    yield f"memory   {size(takes.memory)} of buffers for {takes.threads} threads, beside Python and torch"
+    yield from (f"note     {note}" for note in plan.notes)
+
+
+def _report_lines(report: MergeReport) -> Iterator[str]:
+    yield f"Merged into {report.out}"
+    yield f"base     {report.base}"
+    yield from _adapter_lines(report.adapters)
+    yield f"tensors  {_tensors(report)}"
+    yield from _survival_lines(report.survival)
+    resumed = f" ({size(report.bytes_resumed)} of it by an earlier run)" if report.bytes_resumed else ""
+    yield f"written  {size(report.bytes_written)}{resumed} in {report.seconds:.1f} s, {size(report.rate)}/s"
+    yield f"memory   {size(report.peak_memory)} at most"
+    yield from (f"note     {note}" for note in report.notes)
+
+
+def _adapter_lines(uses: Sequence[AdapterUse]) -> Iterator[str]:
+    for use in uses:
+        used = f"{use.tensors_used} of {use.tensors}" if use.unmatched else f"all {use.tensors}"
+        facts = f"{', '.join(use.kinds)}, rank {_span(use.rank)}, scale {_span(use.scale)}, {used} tensors used"
+        yield f"adapter  {use.path}{f' × {use.weight:g}' if use.weight != 1 else ''}: {facts}"
+
+
+def _target_lines(targets: Sequence[TargetGroup], *, several: bool) -> Iterator[str]:
+    rows = [("target", "kind", "modules", "rank", "scale")]
+    for one in targets:
+        name = f"[{one.adapter + 1}] {one.target}" if several else one.target
+        rows.append((name, one.kind, str(one.count), _span(one.rank), _span(one.scale)))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
+        cells += [row[column].rjust(widths[column]) for column in (2, 3, 4)]
+        yield "  " + "  ".join(cells)
+
+
+def _tensors(facts: Plan | MergeReport) -> str:
+    counts = [
+        (facts.tensors_merged, "merged"),
+        (facts.tensors_replaced, "replaced"),
+        (facts.tensors_converted, f"converted to {facts.dtype}"),
+        (facts.tensors_copied, "copied"),
+    ]
+    return ", ".join(f"{count} {what}" for count, what in counts if count)
+
+
+def _survival_lines(survival: Survival | None) -> Iterator[str]:
+    if survival is None or survival.total is None:
+        return
+    sampled = f"{survival.elements:,} elements of {_count(survival.tensors, 'tensor')} sampled"
+    weights = f"the delta is {survival.relative_norm:.2%} of the weights' norm"
+    yield f"survival {survival.total:.2%} of the delta is left after rounding ({weights}; {sampled})"
+    if survival.worst and survival.worst[0].survival < min(0.99, survival.total):
+        worst = survival.worst[0]
+        yield f"         least in {worst.tensor}: {worst.survival:.2%} (delta {worst.relative_norm:.2%})"
+
+
+def _span(pair: tuple[float, float]) -> str:
+    low, high = (f"{value:g}" for value in pair)
+    return low if low == high else f"{low}–{high}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
