@@ -18,9 +18,6 @@ BITS = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes a delta can be added to."""
 
-QUANTISED = tuple(code for code in BITS if code.startswith(("F8", "F4", "F6")))
-"""Floating-point codes that mean nothing without a scale stored elsewhere."""
-
 LARGEST = {
     "F64": float.fromhex("0x1.fffffffffffffp+1023"),
     "F32": float.fromhex("0x1.fffffep+127"),
@@ -28,14 +25,6 @@ LARGEST = {
     "F16": 65504.0,
 }
 """The largest finite value of each float dtype."""
-
-OVERFLOW = {
-    "F64": float("inf"),
-    "F32": float("inf"),
-    "BF16": float.fromhex("0x1.ffp+127"),
-    "F16": 65520.0,
-}
-"""The smallest magnitude that rounds to infinity (nearest, ties to even)."""
 
 BY_OPTION = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What ``--dtype`` accepts beside ``keep``."""

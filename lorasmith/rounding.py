@@ -38,8 +38,8 @@ def round_into(
     the dtype's largest value instead, unless the sum itself is a NaN.
     """
     out.copy_(acc)
-    if math.isfinite(out.sum(dtype=acc.dtype).item()):
-        return
+    if acc.view(-1).dot(acc.view(-1)).item() < 0.5 * LARGEST[dtype] * LARGEST[dtype]:
+        return  # no element can be a NaN or too large, which is cheaper to see from their squares than one by one
     if saturate:
         out.copy_(acc.clamp(-LARGEST[dtype], LARGEST[dtype]).where(w0.isfinite(), acc))
     bad = w0.isfinite() & ~out.isfinite()

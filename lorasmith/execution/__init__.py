@@ -1,7 +1,12 @@
-"""Carries a plan out: one queue of tasks, threads that take from it, files finished one by one.
+"""Carries a plan out: threads that compute, threads that write, files finished one by one.
 
-Copies need no arithmetic, so they begin while torch is still being imported. Threads work side by side on different
-panels, each with torch's own threads switched off.
+    arithmetic tasks ──> computing threads ──> filled panels ──> writing threads ──> files
+    copies ───────────────────────────────────────────────────────────┘
+    free panels go back to whoever needs one next
+
+Writing waits for the disk and computing for nothing, so each has threads of its own. Copies need no arithmetic: they
+begin while torch is still being imported, and afterwards fill the gaps between panels. Computing threads have torch's
+own threads switched off and work side by side on different panels.
 """
 
 from __future__ import annotations
@@ -14,12 +19,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from lorasmith.execution.blocks import Budget, Task, tasks
-from lorasmith.execution.worker import Worker
+from lorasmith.execution.blocks import WRITERS, Budget, Task, tasks
+from lorasmith.execution.transfer import copy
+from lorasmith.execution.worker import Filled, Worker
 from lorasmith.execution.workplace import Workplace
-from lorasmith.records import Convert, Plan, Progress, Survival
-from lorasmith.rounding import Sample, survival
-from lorasmith.safefile import Reader, Writer
+from lorasmith.records import Convert, Copy, Plan, Progress, Survival, Write
+from lorasmith.rounding import survival
+from lorasmith.safefile import AlignedBuffer, Reader, Writer
 
 ProgressCallback = Callable[[Progress], None]
 
@@ -37,9 +43,8 @@ class Outcome:
 
 
 def default_threads() -> int:
-    """Two more than the processors this process may use: while some wait for the disk, others compute."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return usable + 2
+    """As many as the processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def execute(plan: Plan, place: Workplace, budget: Budget, progress: ProgressCallback | None = None) -> Outcome:
@@ -47,13 +52,13 @@ def execute(plan: Plan, place: Workplace, budget: Budget, progress: ProgressCall
 
     Raises NotFinite, IOFailed, and the system's own OSError from a failed write (``claim`` makes it lorasmith's).
     """
-    queue = _Queue(plan, budget, place)
     started = time.monotonic()
-    with _readers(plan) as readers, _torch_threads_kept():
-        workers = [Worker(budget.panel, readers, allow_overflow=plan.allow_overflow) for _ in range(budget.threads)]
-        running = [threading.Thread(target=queue.work, args=(worker,), daemon=True) for worker in workers]
-        if queue.needs_torch:
-            running.append(threading.Thread(target=queue.import_torch, daemon=True))
+    with _readers() as readers, _torch_threads_kept():
+        work = _Work(plan, budget, place, readers)
+        workers = [Worker(readers, allow_overflow=plan.allow_overflow) for _ in range(budget.threads)]
+        running = [threading.Thread(target=work.write, daemon=True) for _ in range(WRITERS)]
+        if work.needs_torch:
+            running += [threading.Thread(target=work.compute, args=(worker,), daemon=True) for worker in workers]
         try:
             for thread in running:
                 thread.start()
@@ -61,49 +66,48 @@ def execute(plan: Plan, place: Workplace, budget: Budget, progress: ProgressCall
                 while thread.is_alive():
                     thread.join(POLL)
                     if progress is not None:
-                        progress(queue.progress(time.monotonic() - started))
+                        progress(work.progress(time.monotonic() - started))
         finally:
-            queue.stop()
+            work.stop()
             for thread in running:
                 if thread.ident is not None:
                     thread.join()
-            queue.close()
-        queue.raise_error()
+            work.close()
+        work.raise_error()
         if progress is not None:
-            progress(queue.progress(time.monotonic() - started))
-    samples: list[Sample] = [one for worker in workers for one in worker.samples]
-    return Outcome(survival(samples), queue.resumed, budget.threads)
+            progress(work.progress(time.monotonic() - started))
+    return Outcome(survival([one for worker in workers for one in worker.samples]), work.resumed, budget.threads)
 
 
-class _Queue:
-    """The tasks that are left, in the order of the files; shared by all threads."""
+class _Work:
+    """What is left to do, shared by all threads: tasks in the order of the files, and panels filled and free."""
 
-    def __init__(self, plan: Plan, budget: Budget, place: Workplace) -> None:
+    def __init__(self, plan: Plan, budget: Budget, place: Workplace, readers: Mapping[str, Reader]) -> None:
         self._plan = plan
         self._place = place
-        self._lock = threading.Lock()
-        self._torch_ready = threading.Event()
-        self._stopped = threading.Event()
-        self._error: BaseException | None = None
-        self._writers: dict[int, Writer] = {}
-        self._plain: deque[tuple[int, Task]] = deque()
-        self._arithmetic: deque[tuple[int, Task]] = deque()
+        self._readers = readers
+        self._changed = threading.Condition()
+        self._arithmetic: deque[Task] = deque()
+        self._plain: deque[Task] = deque()
+        self._filled: deque[Filled] = deque()
+        self._free = [AlignedBuffer(budget.panel) for _ in range(budget.panels)]
         self._left: dict[int, int] = {}
+        self._writers: dict[int, Writer] = {}
+        self._error: BaseException | None = None
+        self._stopped = False
         self.resumed = 0
-        self._fill(budget)
+        self._queue_tasks(budget)
         self._done = self.resumed
         self.needs_torch = bool(self._arithmetic)
 
-    def _fill(self, budget: Budget) -> None:
-        number = 0
+    def _queue_tasks(self, budget: Budget) -> None:
         for index, output in enumerate(self._plan.outputs):
             if self._name(index) in self._place.finished:
                 self.resumed += output.size
                 continue
             for task in tasks(self._plan, index, budget.panel):
-                (self._arithmetic if isinstance(task.step, Convert) else self._plain).append((number, task))
+                (self._arithmetic if isinstance(task.step, Convert) else self._plain).append(task)
                 self._left[index] = self._left.get(index, 0) + 1
-                number += 1
 
     def _name(self, index: int) -> str:
         """The file's name in the result; a single file is the result itself."""
@@ -113,71 +117,96 @@ class _Queue:
         total = sum(output.size for output in self._plan.outputs)
         return Progress(self._done, total, seconds, self.resumed)
 
-    # ------------------------------------------------------------------------------------------------- threads
+    # ----------------------------------------------------------------------------------------------- computing
 
-    def import_torch(self) -> None:
+    def compute(self, worker: Worker) -> None:
+        """Fill panels until no arithmetic is left or something failed."""
         try:
-            import torch  # noqa: F401 - the first import takes a second, during which copies go on
+            _switch_off_torch_threads()
+            while (taken := self._next_arithmetic()) is not None:
+                filled = worker.fill(*taken)
+                with self._changed:
+                    self._filled.append(filled)
+                    self._changed.notify_all()
         except BaseException as error:  # handed to the caller's thread
             self._fail(error)
-        finally:
-            self._torch_ready.set()
 
-    def work(self, worker: Worker) -> None:
-        """Take tasks until none is left or something failed."""
-        alone = False
+    def _next_arithmetic(self) -> tuple[Task, AlignedBuffer] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._free or not self._arithmetic)
+            if self._stopped or not self._arithmetic:
+                return None
+            return self._arithmetic.popleft(), self._free.pop()
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def write(self) -> None:
+        """Write filled panels, and copies in between, until nothing is left or something failed."""
         try:
-            while (task := self._next()) is not None:
-                if isinstance(task.step, Convert) and not alone:
-                    _switch_off_torch_threads()
-                    alone = True
+            while (taken := self._next_to_write()) is not None:
+                task, panel = taken.task, taken.panel
                 writer = self._writer(task.output)
-                written = worker.run(task, writer)
-                self._finish(task, writer, written)
+                if isinstance(task.step, Convert):
+                    writer.write(panel, taken.start, taken.nbytes, taken.offset)
+                elif isinstance(task.step, Copy):
+                    copy(self._readers[task.step.source], taken.start, writer, taken.offset, taken.nbytes, panel)
+                elif isinstance(task.step, Write):
+                    writer.write_bytes(task.step.data, taken.offset)
+                self._finish(taken, writer)
         except BaseException as error:  # handed to the caller's thread
             self._fail(error)
 
-    def _next(self) -> Task | None:
-        while not self._stopped.is_set():
-            with self._lock:
-                ready = self._torch_ready.is_set()
-                queues = [one for one in (self._plain, self._arithmetic if ready else None) if one]
-                if queues:
-                    return min(queues, key=lambda one: one[0][0]).popleft()[1]
-                if not self._arithmetic:
-                    return None
-            self._torch_ready.wait()
-        return None
+    def _next_to_write(self) -> Filled | None:
+        """A filled panel if there is one, else a copy and a panel for it."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopped or self._filled or (self._plain and self._free) or not self._left
+            )
+            if self._stopped or not self._left:
+                return None
+            if self._filled:
+                return self._filled.popleft()
+            task = self._plain.popleft()
+            step = task.step
+            source = step.start + task.start if isinstance(step, Copy) else 0
+            return Filled(task, self._free.pop(), source, task.stop - task.start, step.offset + task.start)
 
     def _writer(self, index: int) -> Writer:
-        with self._lock:
+        with self._changed:
             if index not in self._writers:
                 path = self._place.path(self._name(index))
                 self._writers[index] = Writer(path, self._plan.outputs[index].size)
             return self._writers[index]
 
-    def _finish(self, task: Task, writer: Writer, written: int) -> None:
-        with self._lock:
-            self._done += written
-            self._left[task.output] -= 1
-            last = self._left[task.output] == 0
+    def _finish(self, taken: Filled, writer: Writer) -> None:
+        index = taken.task.output
+        with self._changed:
+            self._done += taken.nbytes
+            self._free.append(taken.panel)
+            self._left[index] -= 1
+            last = self._left[index] == 0
+            self._changed.notify_all()
         if last:
             writer.sync()
-            with self._lock:
-                self._place.finish(self._name(task.output), self._plan.outputs[task.output].size)
-                del self._writers[task.output]
+            with self._changed:
+                self._place.finish(self._name(index), self._plan.outputs[index].size)
+                del self._writers[index], self._left[index]
+                self._changed.notify_all()
             writer.close()
 
+    # -------------------------------------------------------------------------------------------------- ending
+
     def _fail(self, error: BaseException) -> None:
-        with self._lock:
+        with self._changed:
             if self._error is None:
                 self._error = error
         self.stop()
 
     def stop(self) -> None:
         """Let every thread end after the task it is at."""
-        self._stopped.set()
-        self._torch_ready.set()
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -190,8 +219,8 @@ class _Queue:
 
 
 @contextlib.contextmanager
-def _readers(plan: Plan) -> Iterator[Mapping[str, Reader]]:
-    """A reader for every file the steps read from."""
+def _readers() -> Iterator[Mapping[str, Reader]]:
+    """A reader for every file that steps read from, opened when it is first needed."""
     readers = _Readers()
     try:
         yield readers

@@ -23,6 +23,10 @@ PANELS = tuple(1 << exponent for exponent in range(23, 15, -1))
 """Panel sizes tried, largest first, in bytes. Beyond 8 MiB nothing is gained."""
 
 
+WRITERS = 2
+"""Threads that write; the disk is slower with one, and no faster with more."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Part of a step: bytes ``start`` to ``stop`` of a Copy, else rows of its matrix."""
@@ -35,9 +39,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many threads work at once and how large their panels are; ``nbytes`` is what that takes in all."""
+    """``threads`` that compute, and ``panels`` of ``panel`` bytes that go round; ``nbytes`` is all they take."""
 
     threads: int
+    panels: int
     panel: int
     nbytes: int
 
@@ -85,26 +90,24 @@ def tasks(plan: Plan, output: int, panel: int) -> Iterator[Task]:
 
 
 def fit(plan: Plan, memory: int, threads: int) -> Budget:
-    """The largest panels, then the most threads, that stay within ``memory`` bytes.
+    """The most threads, then the largest panels, that stay within ``memory`` bytes.
 
     Raises BudgetTooSmall with the smallest budget that works.
     """
     steps = [step for output in plan.outputs for step in output.steps if isinstance(step, Convert)]
-    fixed = max((_block_bytes(step) for step in steps), default=0)
+    each = max((_block_bytes(step) for step in steps), default=0)
     smallest = max((block_rows(step) * grid(step)[1] * itemsize(step.dtype) for step in steps), default=0)
-    threads = max(1, threads)
-    while True:
-        for size in PANELS:
-            panel = max(size, smallest)
-            each = panel + PAGE + fixed
-            if threads * each <= memory:
-                return Budget(threads, panel, threads * each)
-        if threads == 1:
-            raise BudgetTooSmall(
-                f"a memory budget of {memory:,} bytes is too small for this merge; the smallest that works is "
-                f"{each:,} bytes (--memory {-(-each // (1 << 20))}MiB)"
-            )
-        threads -= 1
+    sizes = list(dict.fromkeys(max(size, smallest) for size in PANELS))
+    shapes = [(count, count + WRITERS, size) for count in range(threads, 0, -1) for size in sizes]
+    shapes.append((1, 1, sizes[-1]))
+    for count, panels, size in shapes:
+        needed = count * each + panels * (size + PAGE)
+        if needed <= memory:
+            return Budget(count, panels, size, needed)
+    raise BudgetTooSmall(
+        f"a memory budget of {memory:,} bytes is too small for this merge; the smallest that works is "
+        f"{needed:,} bytes (--memory {-(-needed // (1 << 20))}MiB)"
+    )
 
 
 def _block_bytes(step: Convert) -> int:

@@ -1,80 +1,56 @@
-"""One thread's work: its reused buffers and the arithmetic, W0 + Σ factor·ΔW, rounded once."""
+"""One computing thread's work: its reused buffers and the arithmetic, W0 + Σ factor·ΔW, rounded once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorasmith.deltas import OpenDelta
 from lorasmith.deltas.low_rank import LowRank, read_tensor, stack
 from lorasmith.dtypes import itemsize, torch_dtype
 from lorasmith.execution.blocks import Task, block_rows, blocks, grid
-from lorasmith.records import Convert, Copy, Merge, Term, Write
+from lorasmith.records import Convert, Merge, Term
 from lorasmith.rounding import SAMPLE_EVERY, SAMPLED_ROWS, Sample, round_into, sample
-from lorasmith.safefile import PAGE, AlignedBuffer, Reader, Writer, share_range
+from lorasmith.safefile import PAGE, AlignedBuffer, Reader
 
 if TYPE_CHECKING:
     import torch
 
 
-class Worker:
-    """Carries out tasks one after the other; every thread has its own."""
+@dataclass(frozen=True)
+class Filled:
+    """A panel with finished rows: ``nbytes`` from ``start`` on belong at ``offset`` of the task's file."""
 
-    def __init__(self, panel: int, readers: Mapping[str, Reader], *, allow_overflow: bool) -> None:
-        self._panel = AlignedBuffer(panel)
+    task: Task
+    panel: AlignedBuffer
+    start: int
+    nbytes: int
+    offset: int
+
+
+class Worker:
+    """Computes tasks one after the other; every computing thread has its own."""
+
+    def __init__(self, readers: Mapping[str, Reader], *, allow_overflow: bool) -> None:
         self._readers = readers
         self._allow_overflow = allow_overflow
-        self._can_share = True
         self._scratch: dict[str, torch.Tensor] = {}
         self._opened_step: Merge | None = None
         self._opened: list[tuple[OpenDelta, float]] = []
         self.samples: list[Sample] = []
 
-    def run(self, task: Task, writer: Writer) -> int:
-        """Carry out one task; the bytes it wrote."""
+    def fill(self, task: Task, panel: AlignedBuffer) -> Filled:
+        """Compute the task's rows into the panel, placed as direct writes need them."""
         step = task.step
-        if isinstance(step, Write):
-            writer.write_bytes(step.data, step.offset)
-            return step.nbytes
-        if isinstance(step, Copy):
-            return self._copy(step, task.start, task.stop, writer)
-        return self._convert(step, task.start, task.stop, writer)
-
-    def _copy(self, step: Copy, start: int, stop: int, writer: Writer) -> int:
-        offset, nbytes = step.offset + start, stop - start
-        shared = self._share(step, offset, nbytes, writer) if step.start == step.offset else 0
-        if not shared:
-            self._move(step, offset, nbytes, writer)
-        else:
-            head = -offset % PAGE
-            self._move(step, offset, head, writer)
-            self._move(step, offset + head + shared, nbytes - head - shared, writer)
-        return nbytes
-
-    def _share(self, step: Copy, offset: int, nbytes: int, writer: Writer) -> int:
-        """Let the result share the whole pages of a range with the base, at no cost; how many bytes were shared."""
-        head = -offset % PAGE
-        body = (nbytes - head) // PAGE * PAGE
-        if not self._can_share or body <= 0:
-            return 0
-        self._can_share = share_range(self._readers[step.source].fd, writer.fd, offset + head, body)
-        return body if self._can_share else 0
-
-    def _move(self, step: Copy, offset: int, nbytes: int, writer: Writer) -> None:
-        place = offset % PAGE
-        start = step.start + offset - step.offset
-        self._readers[step.source].into(self._panel.view[place : place + nbytes], start)
-        writer.write(self._panel, place, nbytes, offset)
-
-    def _convert(self, step: Convert, start: int, stop: int, writer: Writer) -> int:
+        assert isinstance(step, Convert)
         columns, size = grid(step)[1], itemsize(step.dtype)
-        offset, nbytes = step.offset + start * columns * size, (stop - start) * columns * size
+        offset, nbytes = step.offset + task.start * columns * size, (task.stop - task.start) * columns * size
         place = offset % PAGE if offset % size == 0 else 0
-        out = self._panel_tensor(step.dtype, place, stop - start, columns)
-        for rows in blocks(step, start, stop):
-            self._block(step, rows, out[rows.start - start : rows.stop - start])
-        writer.write(self._panel, place, nbytes, offset)
-        return nbytes
+        out = _panel_tensor(panel, step.dtype, place, task.stop - task.start, columns)
+        for rows in blocks(step, task.start, task.stop):
+            self._block(step, rows, out[rows.start - task.start : rows.stop - task.start])
+        return Filled(task, panel, place, nbytes, offset)
 
     def _block(self, step: Convert, rows: slice, out: torch.Tensor) -> None:
         if isinstance(step, Merge):
@@ -139,11 +115,12 @@ class Worker:
             memory = self._scratch[use] = torch.empty(nbytes, dtype=torch.uint8)
         return memory[:nbytes].view(dtype).view(rows, columns)
 
-    def _panel_tensor(self, dtype: str, start: int, rows: int, columns: int) -> torch.Tensor:
-        import torch
 
-        flat = torch.frombuffer(self._panel.memory, dtype=torch_dtype(dtype), offset=start, count=rows * columns)
-        return flat.view(rows, columns)
+def _panel_tensor(panel: AlignedBuffer, dtype: str, start: int, rows: int, columns: int) -> torch.Tensor:
+    import torch
+
+    flat = torch.frombuffer(panel.memory, dtype=torch_dtype(dtype), offset=start, count=rows * columns)
+    return flat.view(rows, columns)
 
 
 def _stacked(terms: tuple[Term, ...]) -> list[Term]:
