@@ -217,7 +217,7 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
                 name = method.get("quant_method", key) if isinstance(method, Mapping) else method
                 raise _quantised(checkpoint.path, f"its config.json says so ({key}: {name})")
     for entry in checkpoint.entries:
-        if entry.dtype.startswith(("F8", "F6", "F4")):
+        if entry.dtype.startswith(("F8_", "F6_", "F4")):
             raise _quantised(checkpoint.path, f"tensor {entry.name!r} is stored as {entry.dtype}")
         if PACKED.search(entry.name):
             raise _quantised(checkpoint.path, f"tensor {entry.name!r} is part of a packed weight")

@@ -36,7 +36,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     help="The result's floating-point tensors.",
 )
 @click.option("--device", default="cpu", show_default=True, help="What computes; only cpu so far.")
-@click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: usable processors + 2]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that compute.  [default: usable processors]")
 @click.option("--memory", type=Size(), default="128MiB", show_default=True, help="Buffers, beside Python and torch.")
 @click.option("--max-shard-size", type=Size(), help="Cut the result into shards of at most this size, like 5GB.")
 @click.option("--tokenizer", type=click.Choice(["base", "adapter"]), help="Whose.  [default: the adapter's if any]")
