@@ -42,7 +42,8 @@ class Adapter:
 
     ``ignored`` are tensors that carry no change (copies of base weights in raw state dicts). ``names_base`` is the
     base its config names. ``fan_in_fan_out`` is the config's word on weights stored as (in, out), None without one.
-    ``scale_assumed`` says that no alpha was found anywhere and the scale was taken to be 1.
+    ``scale_assumed`` says that no alpha was found anywhere and the scale was taken to be 1. ``warnings`` are about
+    what the files leave in doubt, ``notes`` about what is passed over.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Adapter:
     scale_assumed: bool
     side_files: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:

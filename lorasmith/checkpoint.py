@@ -8,12 +8,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorasmith.errors import BadFile, LorasmithError, MissingFile, Unsupported, listed
-from lorasmith.safefile import Header, TensorEntry, read_header, read_json
+from lorasmith.errors import BadFile, IOFailed, LorasmithError, MissingFile, Unsupported, listed
+from lorasmith.safefile import Header, TensorEntry, load_json, read_header, read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -30,6 +30,9 @@ TOKENIZER_FILES = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
     "spiece.model", "sentencepiece.bpe.model", "spm.model", "bpe.codes", "tekken.json",
 )  # fmt: skip
+
+MAX_SIDE_FILES = 10_000
+"""Files and folders beside the weights; a model has some dozens, a home folder more than these."""
 
 PACKED = re.compile(
     r"\.(qweight|qzeros|weight_packed|weight_scale_inv|SCB|absmax|quant_map|quant_state\.\w+|\w+_blocks)$"
@@ -81,13 +84,24 @@ def require_path(path: str) -> None:
     """Raise MissingFile, naming what is like it nearby, unless the path exists."""
     if os.path.exists(path):
         return
+    if not path:
+        raise MissingFile("an empty path was given; is a variable of the script not set?")
     parent, name = os.path.split(os.path.abspath(path))
     try:
         near = difflib.get_close_matches(name, os.listdir(parent), n=3)
     except OSError:
         raise MissingFile(f"{path} does not exist, nor does the folder {parent}") from None
-    hint = f"; did you mean {listed([os.path.join(os.path.dirname(path), one) for one in near])}?" if near else ""
+    folder = os.path.dirname(path.rstrip(os.sep))
+    hint = f"; did you mean {listed([os.path.join(folder, one) for one in near])}?" if near else ""
     raise MissingFile(f"{path} does not exist{hint}")
+
+
+def names_in(folder: str) -> list[str]:
+    """The sorted names in a folder; IOFailed where it may not be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise IOFailed(f"the folder {folder} cannot be read: {error.strerror}") from error
 
 
 def _open_file(path: str) -> Checkpoint:
@@ -99,7 +113,7 @@ def _open_file(path: str) -> Checkpoint:
 
 
 def _open_folder(folder: str) -> Checkpoint:
-    names = sorted(os.listdir(folder))
+    names = names_in(folder)
     config_file = os.path.join(folder, "config.json")
     config = read_json(config_file) if "config.json" in names else {}
     weights = _choose_weights(folder, names, config)
@@ -121,7 +135,7 @@ def _open_folder(folder: str) -> Checkpoint:
         index_name=weights if index is not None else None,
         config=config,
         config_file=config_file if "config.json" in names else None,
-        side_files=_side_files(folder),
+        side_files=_side_files(folder, {os.path.relpath(shard.file, folder).replace(os.sep, "/") for shard in shards}),
         notes=notes,
     )
 
@@ -130,9 +144,10 @@ def _choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) ->
     """The file transformers would load (``_get_resolved_checkpoint_files``), or the only one there is."""
     explicit = config.get("transformers_weights")
     if explicit is not None:
-        if not isinstance(explicit, str) or explicit not in names:
+        if not isinstance(explicit, str) or explicit not in names or not _is_readable(explicit):
             raise BadFile(
-                f"{folder}: config.json names {explicit!r} as transformers_weights, which is not in the folder"
+                f"{folder}: config.json names {explicit!r} as transformers_weights, which is no safetensors file or "
+                "index in the folder"
             )
         return explicit
     for name in ("model.safetensors", "model" + INDEX_SUFFIX):
@@ -168,10 +183,13 @@ def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tupl
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadFile(f"{where} has no weight_map")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_inside(shard):
-            raise BadFile(f"{where} places tensor {name!r} in {shard!r}, which is not a file of this folder")
-    files = sorted(set(weight_map.values()))
-    missing = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
+        if not isinstance(shard, str) or not _is_inside(shard) or not shard.endswith(".safetensors"):
+            raise BadFile(f"{where} places tensor {name!r} in {shard!r}, which is no safetensors file of this folder")
+    placed: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        placed.setdefault(shard, []).append(name)
+    files = sorted(placed)
+    missing = [name for name in files if not os.path.exists(os.path.join(folder, name))]
     if missing:
         raise MissingFile(
             f"{where} names {len(missing)} of {len(files)} shards that are not there: {listed(missing)}; "
@@ -180,7 +198,7 @@ def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tupl
     shards = tuple(read_header(os.path.join(folder, name)) for name in files)
     for file, header in zip(files, shards, strict=True):
         present = {entry.name for entry in header.entries}
-        ghosts = [name for name, shard in weight_map.items() if shard == file and name not in present]
+        ghosts = [name for name in placed[file] if name not in present]
         if ghosts:
             raise BadFile(
                 f"{where} places {listed(ghosts)} in {file}, which does not hold it; index and shards disagree"
@@ -191,6 +209,10 @@ def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tupl
                 f"{where} places {listed(sorted(strays))} in another shard than {file}, which holds it as well"
             )
     return shards
+
+
+def _is_readable(name: str) -> bool:
+    return name.endswith((".safetensors", INDEX_SUFFIX))
 
 
 def _is_inside(name: str) -> bool:
@@ -210,9 +232,9 @@ def _refuse_duplicates(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    for config in (checkpoint.config, checkpoint.config.get("text_config")):
+    for config in _configs(checkpoint.config):
         for key in ("quantization_config", "compression_config", "quantization"):
-            method = config.get(key) if isinstance(config, Mapping) else None
+            method = config.get(key)
             if method:
                 name = method.get("quant_method", key) if isinstance(method, Mapping) else method
                 raise _quantised(checkpoint.path, f"its config.json says so ({key}: {name})")
@@ -221,6 +243,14 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
             raise _quantised(checkpoint.path, f"tensor {entry.name!r} is stored as {entry.dtype}")
         if PACKED.search(entry.name):
             raise _quantised(checkpoint.path, f"tensor {entry.name!r} is part of a packed weight")
+
+
+def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A config and those of the model's parts (``text_config`` and the like) in it."""
+    yield config
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, Mapping):
+            yield from _configs(value)
 
 
 def _quantised(path: str, why: str) -> Unsupported:
@@ -234,35 +264,49 @@ def _is_weights(name: str) -> bool:
     return name.endswith(WEIGHT_ENDINGS)
 
 
-def _side_files(folder: str) -> dict[str, str]:
-    """Everything that belongs to the model beside its weights; links are followed, loops are not."""
+def _side_files(folder: str, shards: Collection[str]) -> dict[str, str]:
+    """Everything that belongs to the model beside its weights.
+
+    Links are followed, but not those to a folder that the model is in. Raises BadFile where there is far more than
+    a model has.
+    """
     found: dict[str, str] = {}
     modules = _sentence_modules(folder)
+    visited = 0
 
-    def visit(relative: str, seen: frozenset[str]) -> None:
+    def visit(relative: str, above: frozenset[str]) -> None:
+        nonlocal visited
         here = os.path.join(folder, relative) if relative else folder
-        for name in sorted(os.listdir(here)):
+        for name in names_in(here):
+            visited += 1
+            if visited > MAX_SIDE_FILES:
+                raise BadFile(f"{folder} holds more than {MAX_SIDE_FILES:,} files; is it only a model's folder?")
             path, inside = os.path.join(here, name), f"{relative}/{name}" if relative else name
             if os.path.isdir(path):
                 real = os.path.realpath(path)
-                if real not in seen and not _skipped_folder(name):
-                    visit(inside, seen | {real})
-            elif os.path.isfile(path) and not _skipped_file(name, whole=relative in modules):
+                if real not in above and not _skipped_folder(name):
+                    visit(inside, above | {real})
+            elif os.path.isfile(path) and inside not in shards and not _skipped_file(name, whole=relative in modules):
                 found[inside] = path
 
-    visit("", frozenset({os.path.realpath(folder)}))
+    visit("", frozenset(_folder_and_those_above(os.path.realpath(folder))))
     return found
+
+
+def _folder_and_those_above(path: str) -> Iterator[str]:
+    yield path
+    while os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+        yield path
 
 
 def _sentence_modules(folder: str) -> set[str]:
     """Sub-folders that a sentence-transformers ``modules.json`` makes part of the model, weights and all."""
-    path = os.path.join(folder, "modules.json")
-    try:
-        with open(path, "rb") as stream:
-            text = stream.read(1_000_000).decode("utf-8", "replace")
-    except OSError:
-        return set()
-    return {name.strip("/") for name in re.findall(r'"path"\s*:\s*"([^"]+)"', text)}
+    file = os.path.join(folder, "modules.json")
+    modules = load_json(file) if os.path.isfile(file) else []
+    paths = [one.get("path") for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
+    inside = {path.strip("/") for path in paths if isinstance(path, str)}
+    return {path for path in inside if _is_inside(path)}
 
 
 def _skipped_folder(name: str) -> bool:

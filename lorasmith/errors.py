@@ -10,6 +10,7 @@
     ├── BudgetTooSmall   (ValueError)         --memory below the smallest that works
     ├── OutputExists     (FileExistsError)    the output is there already, or is an input
     ├── OutputBusy       (BlockingIOError)    another run is writing the same output
+    ├── InputChanged     (RuntimeError)       a base or an adapter that changed while it was being merged
     ├── NoSpace          (OSError)            the disk cannot hold the result
     └── IOFailed         (OSError)            a read or write failed under way
 
@@ -25,8 +26,8 @@ class LorasmithError(Exception):
     """Root of everything lorasmith raises on purpose."""
 
     def __str__(self) -> str:
-        """The message alone, without the errno that some of the children carry as well."""
-        return str(self.args[-1]) if self.args else ""
+        """The message alone, on one line: without the errno that some of the children carry as well."""
+        return one_line(str(self.args[-1])) if self.args else ""
 
 
 class MissingFile(LorasmithError, FileNotFoundError):
@@ -65,12 +66,27 @@ class OutputBusy(LorasmithError, BlockingIOError):
     """Another run holds the output."""
 
 
+class InputChanged(LorasmithError, RuntimeError):
+    """A base or an adapter changed while it was being merged."""
+
+
 class NoSpace(LorasmithError, OSError):
     """The disk cannot hold the result."""
 
 
 class IOFailed(LorasmithError, OSError):
     """Reading or writing failed while the plan was being carried out."""
+
+
+LONGEST = 4000
+"""Characters of a message; names come from files and may be of any length."""
+
+
+def one_line(text: str) -> str:
+    """Text that may be printed whatever names are in it: no line breaks, no terminal codes, no halves of characters."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} […] {text[-LONGEST // 2 :]}"
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -14,6 +14,7 @@ from lorasmith.dtypes import BITS, FLOATS
 from lorasmith.errors import BadOption
 from lorasmith.records import Convert, Copy, Merge, Output, SideFile, Step, Term, Write
 from lorasmith.safefile import Header, TensorEntry, build_header
+from lorasmith.sidefiles import copied, written
 
 Terms = Mapping[str, tuple[Term, ...]]
 """The deltas of every base tensor that changes, by its name."""
@@ -51,14 +52,14 @@ def index(checkpoint: Checkpoint, parts: Sequence[Part], dtype: str | None) -> S
             "metadata": {"total_parameters": sum(math.prod(entry.shape) for entry in entries), "total_size": size},
             "weight_map": {entry.name: part.name for part in parts for entry in part.entries},
         }
-        return SideFile(_stem(checkpoint) + INDEX_SUFFIX, text=json.dumps(new, indent=2, sort_keys=True) + "\n")
+        return written(_stem(checkpoint) + INDEX_SUFFIX, json.dumps(new, indent=2, sort_keys=True) + "\n")
     if checkpoint.index is None or checkpoint.index_name is None or checkpoint.folder is None:
         return None
     metadata = checkpoint.index.get("metadata")
     if dtype is None or not isinstance(metadata, Mapping) or "total_size" not in metadata:
-        return SideFile(checkpoint.index_name, source=os.path.join(checkpoint.folder, checkpoint.index_name))
+        return copied(checkpoint.index_name, os.path.join(checkpoint.folder, checkpoint.index_name))
     changed = {**checkpoint.index, "metadata": {**metadata, "total_size": size}}
-    return SideFile(checkpoint.index_name, text=json.dumps(changed, indent=2) + "\n")
+    return written(checkpoint.index_name, json.dumps(changed, indent=2) + "\n")
 
 
 def replaces(terms: Sequence[Term]) -> bool:

@@ -8,15 +8,16 @@ import re
 import time
 from collections.abc import Callable, Sequence
 
-from lorasmith.checkpoint import open_checkpoint
-from lorasmith.errors import BadOption, IOFailed, NoSpace, Unsupported
-from lorasmith.execution import Outcome, default_threads, execute
+from lorasmith.checkpoint import open_checkpoint, require_path
+from lorasmith.errors import BadOption, InputChanged, NoSpace, Unsupported
+from lorasmith.execution import default_threads, execute, import_torch_meanwhile
 from lorasmith.execution.blocks import Budget, fit
-from lorasmith.execution.workplace import check_output, claim, free_space
+from lorasmith.execution.destination import check_output, free_space
+from lorasmith.execution.workplace import claim
 from lorasmith.formats import read_adapter
 from lorasmith.planning import Options, build_plan
-from lorasmith.records import MergeReport, Plan, Progress, Resources, Survival
-from lorasmith.rounding import SURVIVAL_LIMIT
+from lorasmith.records import MergeReport, Output, Plan, Progress, Resources, Survival
+from lorasmith.rounding import SURVIVAL_LIMIT, Sample, survival
 
 Path = str | os.PathLike[str]
 AdapterArgument = Path | tuple[Path, float]
@@ -59,6 +60,7 @@ def merge(
     is written. May be called from several threads at once, for different outputs.
     """
     started = time.monotonic()
+    import_torch_meanwhile()
     plan_ = plan(
         base,
         adapters,
@@ -76,14 +78,17 @@ def merge(
     if planned is not None:
         planned(plan_, takes)
     with claim(os.fspath(out), overwrite=overwrite) as place:
+
+        def finished(output: Output, samples: list[Sample]) -> None:
+            _require_unchanged(plan_)  # before it is noted: a later run takes up what is
+            place.finish(output, samples)
+
         place.begin(plan_)
-        outcome = Outcome(None, plan_.bytes_written, 0)
+        resumed = execute(plan_, place, budget, finished, progress)
         if not place.published:
-            outcome = execute(plan_, place, budget, progress)
-            _require_unchanged(plan_)
             place.write_side_files(plan_.side_files)
         place.publish()
-    return _report(plan_, os.fspath(out), outcome, time.monotonic() - started)
+    return _report(plan_, os.fspath(out), takes.threads, resumed, survival(place.samples), time.monotonic() - started)
 
 
 def plan(
@@ -107,6 +112,8 @@ def plan(
     _require_cpu(device)
     weighted = [_weighted(one) for one in _as_list(adapters)]
     checkpoint = open_checkpoint(os.fspath(base))
+    for path, _ in weighted:
+        require_path(path)
     if out is not None:
         inputs = [checkpoint.path, *(path for path, _ in weighted)]
         check_output(os.fspath(out), inputs, single_file=checkpoint.folder is None, overwrite=overwrite)
@@ -157,14 +164,14 @@ def _require_cpu(device: str) -> None:
 
 
 def _require_unchanged(plan: Plan) -> None:
-    """Refuse to publish what was computed from files that changed under way."""
+    """Raise InputChanged when a file that weights are read from is not what it was when the plan was made."""
     for file, size, mtime in (*plan.base_files, *plan.adapter_files):
         try:
             facts = os.stat(file)
         except OSError:
             facts = None
         if facts is None or (facts.st_size, facts.st_mtime_ns) != (size, mtime):
-            raise IOFailed(f"{file} was changed while it was being merged; run the same command again")
+            raise InputChanged(f"{file} was changed while it was being merged; run the same command again")
 
 
 def _as_list(adapters: AdapterArgument | Sequence[AdapterArgument]) -> list[AdapterArgument]:
@@ -173,13 +180,15 @@ def _as_list(adapters: AdapterArgument | Sequence[AdapterArgument]) -> list[Adap
         return [adapters]
     if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
         return [(adapters[0], adapters[1])]
-    return [one for one in adapters if isinstance(one, (str, os.PathLike, tuple))]
+    return list(adapters)
 
 
 def _weighted(adapter: AdapterArgument) -> tuple[str, float]:
     """Path and weight; an existing path that ends like ``:0.7`` is a path."""
-    if isinstance(adapter, tuple):
+    if isinstance(adapter, tuple) and len(adapter) == 2 and type(adapter[1]) in (int, float):
         path, weight = os.fspath(adapter[0]), float(adapter[1])
+    elif not isinstance(adapter, (str, os.PathLike)):
+        raise BadOption(f"{adapter!r} is not an adapter: give a path, 'path:0.7' or (path, 0.7)")
     else:
         path, weight = os.fspath(adapter), 1.0
         match = None if os.path.exists(path) else _WEIGHTED.fullmatch(path)
@@ -190,7 +199,7 @@ def _weighted(adapter: AdapterArgument) -> tuple[str, float]:
     return path, weight
 
 
-def _report(plan: Plan, out: str, outcome: Outcome, seconds: float) -> MergeReport:
+def _report(plan: Plan, out: str, threads: int, resumed: int, survival: Survival | None, seconds: float) -> MergeReport:
     return MergeReport(
         out=out,
         base=plan.base,
@@ -203,19 +212,19 @@ def _report(plan: Plan, out: str, outcome: Outcome, seconds: float) -> MergeRepo
         tensors_copied=plan.tensors_copied,
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        bytes_resumed=outcome.bytes_resumed,
-        survival=outcome.survival,
+        bytes_resumed=resumed,
+        survival=survival,
         seconds=seconds,
-        rate=(plan.bytes_written - outcome.bytes_resumed) / seconds if seconds > 0 else 0.0,
+        rate=(plan.bytes_written - resumed) / seconds if seconds > 0 else 0.0,
         peak_memory=_peak_memory(),
-        threads=outcome.threads,
+        threads=threads,
         plan_hash=plan.hash,
         notes=plan.notes,
-        warnings=(*plan.warnings, *_survival_warnings(outcome.survival, plan)),
+        warnings=(*plan.warnings, *_survival_warnings(survival)),
     )
 
 
-def _survival_warnings(survival: Survival | None, plan: Plan) -> list[str]:
+def _survival_warnings(survival: Survival | None) -> list[str]:
     if survival is None:
         return []
     if survival.total is None:

@@ -26,10 +26,16 @@ from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
 from lorasmith.recipe import plan_hash, recipe
 from lorasmith.records import AdapterUse, Convert, Merge, Plan, SideFile, TargetGroup, Term
 from lorasmith.safefile import TensorEntry
-from lorasmith.sidefiles import PROVENANCE, side_files
+from lorasmith.sidefiles import PROVENANCE, side_files, written
 
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
-HEADS = ("lm_head", "embed_out", "proj_out", "output_projection")
+EMBEDDINGS = (
+    "embed_tokens", "wte", "word_embeddings", "word_embedding", "shared", "embed_in", "tok_embeddings", "tokens_embed",
+    "embeddings", "embedding",
+)  # fmt: skip
+
+_HEADLESS = re.compile(r"(?<!MT)Model$|(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$")
+_HEADED = re.compile(r"Head|EncoderDecoder|^Bark")
+"""Of the classes of transformers: those without an output head over the vocabulary, and exceptions to it."""
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -71,20 +77,21 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         allow_overflow=options.allow_overflow,
         max_shard_size=options.max_shard_size,
     )
-    digest = plan_hash(record, outputs)
-    provenance = json.dumps({**record, "plan": digest}, indent=2, sort_keys=True)
     beside: tuple[SideFile, ...] = ()
-    if checkpoint.folder is None:
-        outputs = (layout.with_metadata(outputs[0], {PROVENANCE.removesuffix(".json"): provenance}),)
-    else:
+    if checkpoint.folder is not None:
         beside = side_files(
             checkpoint,
             [adapter for adapter, _ in adapters],
             index=layout.index(checkpoint, parts, dtype),
-            provenance=provenance,
             dtype=dtype,
             tokenizer=options.tokenizer,
         )
+    digest = plan_hash(record, outputs, beside)
+    provenance = json.dumps({**record, "plan": digest}, indent=2, sort_keys=True)
+    if checkpoint.folder is None:
+        outputs = (layout.with_metadata(outputs[0], {PROVENANCE.removesuffix(".json"): provenance}),)
+    else:
+        beside = (*beside, written(PROVENANCE, provenance + "\n"))
     steps = [step for output in outputs for step in output.steps]
     merged = sum(isinstance(step, Merge) for step in steps)
     converted = sum(type(step) is Convert and step.entry.name not in terms for step in steps)
@@ -103,7 +110,7 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         tensors_converted=converted,
         tensors_copied=sum(1 for _ in checkpoint.entries) - merged - replaced - converted,
         bytes_read=sum(shard.size for shard in checkpoint.shards) + sum(adapter.stamp[1] for adapter, _ in adapters),
-        bytes_written=sum(output.size for output in outputs) + sum(_side_size(one) for one in beside),
+        bytes_written=sum(output.size for output in outputs) + sum(one.size for one in beside),
         targets=tuple(_targets(bound)),
         base_files=tuple(shard.stamp for shard in checkpoint.shards),
         adapter_files=tuple(adapter.stamp for adapter, _ in adapters),
@@ -142,13 +149,18 @@ def _bind(checkpoint: Checkpoint, adapter: Adapter, options: Options) -> _Bound:
 
 
 def _is_flipped(checkpoint: Checkpoint, adapter: Adapter, match: naming.Match) -> bool:
-    """Whether the base stores this weight as (in, out): by its shape, else by the layer's kind, else by the flag."""
+    """Whether the base stores this weight as (in, out): by its shape, else by the layer's kind, else by the flag.
+
+    PEFT, too, corrects the flag by the layer's kind; it is the last word only on models that transformers doesn't have.
+    """
     shape = match.target.matrix
     if shape[0] != shape[1]:
         return match.source.delta.shape == (shape[1], shape[0])
-    if checkpoint.config.get("model_type") in CONV1D_MODELS:
+    parts = [checkpoint.config, *(one for one in checkpoint.config.values() if isinstance(one, Mapping))]
+    if any(part.get("model_type") in CONV1D_MODELS for part in parts):
         return match.source.module.rsplit(".", 1)[-1] in CONV1D_MODULES
-    return bool(adapter.fan_in_fan_out)
+    foreign = "model_type" not in checkpoint.config or "auto_map" in checkpoint.config
+    return foreign and bool(adapter.fan_in_fan_out)
 
 
 def _require_fit(adapter: Adapter, match: naming.Match, delta: Delta) -> None:
@@ -183,22 +195,31 @@ def _gather(
 
 
 def _refuse_tied(checkpoint: Checkpoint, target: TensorEntry) -> None:
-    """Refuse a change to a weight that a language model uses twice: as its embedding and as its head."""
-    leaf = target.name.rsplit(".", 2)[-2] if target.name.count(".") else target.name
-    if leaf not in EMBEDDINGS + HEADS:
+    """Refuse a change to a weight that a model uses twice: as its embedding and as its head, or in two embeddings."""
+    leaf = _layer(target)
+    if leaf not in EMBEDDINGS + naming.HEADS:
         return
     config = checkpoint.config
     text = config.get("text_config")
     flag = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
-    names = config.get("architectures") or [""]
-    headless = all(isinstance(name, str) and re.search(r"Model$|Classification$", name) for name in names)
-    stored = any(entry.name.rsplit(".", 2)[-2:-1] == [head] for entry in checkpoint.entries for head in HEADS)
-    if flag is False or (flag is None and stored) or headless:
+    names = config.get("architectures")
+    names = names if isinstance(names, list) and names else [""]
+    headless = all(isinstance(name, str) and _HEADLESS.search(name) and not _HEADED.search(name) for name in names)
+    stored = any(_layer(entry) in naming.HEADS for entry in checkpoint.entries)
+    shared = config.get("is_encoder_decoder") and leaf in EMBEDDINGS
+    if not shared and (flag is False or (flag is None and stored) or headless):
         return
     raise Unsupported(
-        f"the adapter changes {target.name!r}, which the base ties to its output head (tie_word_embeddings): "
+        f"the adapter changes {target.name!r}, which the base ties to "
+        f"{'the embeddings of its encoder and decoder' if shared else 'its output head (tie_word_embeddings)'}: "
         "a merged model would compute something else than the adapted one. Untying is not supported yet"
     )
+
+
+def _layer(entry: TensorEntry) -> str:
+    """The name of the layer whose weight this is; nothing for other parameters."""
+    parts = entry.name.split(".")
+    return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
 
 
 # ---------------------------------------------------------------------------------------------- 3. what to tell
@@ -238,6 +259,7 @@ def _warnings(
 ) -> Iterator[str]:
     known = _base_names(checkpoint)
     for (adapter, weight), use in zip(adapters, uses, strict=True):
+        yield from adapter.warnings
         if use.unmatched:
             yield f"{adapter.path}: {len(use.unmatched)} tensors fit nothing and were left out: {listed(use.unmatched)}"
         if adapter.scale_assumed:
@@ -264,11 +286,3 @@ def _base_names(checkpoint: Checkpoint) -> set[str]:
 
 def _short(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
-
-
-def _side_size(file: SideFile) -> int:
-    return len((file.text or "").encode()) if file.source is None else _size(file.source)
-
-
-def _size(file: str) -> int:
-    return os.stat(file).st_size

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorasmith import __version__
 from lorasmith.checkpoint import Checkpoint
-from lorasmith.records import AdapterUse, Convert, Copy, Merge, Output
+from lorasmith.records import AdapterUse, Convert, Copy, Merge, Output, SideFile
 
 
 def recipe(checkpoint: Checkpoint, uses: Sequence[AdapterUse], **options: Any) -> dict[str, Any]:
@@ -41,18 +41,25 @@ def recipe(checkpoint: Checkpoint, uses: Sequence[AdapterUse], **options: Any) -
     }
 
 
-def plan_hash(record: dict[str, Any], outputs: Sequence[Output]) -> str:
-    """SHA-256 of the recipe and of every step."""
+def plan_hash(record: dict[str, Any], outputs: Sequence[Output], side_files: Sequence[SideFile]) -> str:
+    """SHA-256 of the recipe, of every step and of every side file."""
     sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for output in outputs:
-        sha.update(f"{output.name} {output.size}\n".encode())
+        sha.update(_raw(f"{output.name} {output.size}\n"))
         for step in output.steps:
             sha.update(f"{type(step).__name__} {step.offset} {step.nbytes} ".encode())
             if isinstance(step, Copy):
-                sha.update(f"{os.path.basename(step.source)} {step.start}\n".encode())
+                sha.update(_raw(f"{os.path.basename(step.source)} {step.start}\n"))
             if isinstance(step, Convert):
                 sha.update(f"{step.entry.name} {step.dtype}\n".encode())
             for term in step.terms if isinstance(step, Merge) else ():
                 names = [entry.name for entry in term.delta.entries]
                 sha.update(f"{term.adapter} {term.factor!r} {term.delta.scale!r} {term.delta.kind} {names}\n".encode())
+    for file in side_files:
+        sha.update(_raw(f"{file.name} {file.sha256}\n"))
     return sha.hexdigest()
+
+
+def _raw(text: str) -> bytes:
+    """Bytes of a text with file names in it, which need not be UTF-8."""
+    return text.encode("utf-8", "surrogateescape")

@@ -81,9 +81,14 @@ class Output:
 
 @dataclass(frozen=True)
 class SideFile:
-    """One file of the result that holds no merged weights: copied from ``source``, or written from ``text``."""
+    """One file of the result that holds no merged weights: copied from ``source``, or written from ``text``.
+
+    ``size`` in bytes and ``sha256`` are of its contents.
+    """
 
     name: str
+    size: int
+    sha256: str
     source: str | None = None
     text: str | None = None
 

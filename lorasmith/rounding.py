@@ -59,7 +59,10 @@ def round_into(
 
 @dataclass(frozen=True)
 class Sample:
-    """Sums over the sampled rows of one block: ‹Ŵ−W0, ΔW›, ‖ΔW‖², ‖W0‖², and the number of elements."""
+    """Sums over sampled rows of a tensor: ‹Ŵ−W0, ΔW›, ‖ΔW‖², ‖W0‖², and the number of elements.
+
+    ``block`` is the one that the rows are from; 0 where several were summed up.
+    """
 
     tensor: str
     block: int
@@ -85,29 +88,44 @@ def sample(tensor: str, block: int, out: torch.Tensor, w0: torch.Tensor, delta: 
     )
 
 
-def survival(samples: Iterable[Sample], worst: int = 5) -> Survival | None:
-    """Sum the samples up, in an order of their own; None when nothing was sampled."""
-    sums: dict[str, list[float]] = {}
-    elements = 0
+def summed(samples: Iterable[Sample]) -> list[Sample]:
+    """One sample per tensor, in the order of their names, whatever the order they come in.
+
+    Blocks whose sums are not finite, as those of a base that holds infinities, are left out.
+    """
+    sums: dict[str, Sample] = {}
     for one in sorted(samples, key=lambda one: (one.tensor, one.block)):
         if not all(map(math.isfinite, (one.projection, one.delta, one.base))):
             continue
-        of_tensor = sums.setdefault(one.tensor, [0.0, 0.0, 0.0])
-        for position, value in enumerate((one.projection, one.delta, one.base)):
-            of_tensor[position] += value
-        elements += one.elements
-    if not sums:
+        so_far = sums.get(one.tensor, Sample(one.tensor, 0, 0.0, 0.0, 0.0, 0))
+        sums[one.tensor] = Sample(
+            one.tensor,
+            0,
+            so_far.projection + one.projection,
+            so_far.delta + one.delta,
+            so_far.base + one.base,
+            so_far.elements + one.elements,
+        )
+    return list(sums.values())
+
+
+def survival(samples: Iterable[Sample], worst: int = 5) -> Survival | None:
+    """The survival that samples show, in total and of the ``worst`` tensors; None when nothing was sampled."""
+    tensors = summed(samples)
+    if not tensors:
         return None
-    projection, delta, base = (math.fsum(values) for values in zip(*sums.values(), strict=True))
-    tensors = [
-        TensorSurvival(name, moved / exact, math.sqrt(exact / weight) if weight else math.inf)
-        for name, (moved, exact, weight) in sums.items()
-        if exact
+    delta, base = math.fsum(one.delta for one in tensors), math.fsum(one.base for one in tensors)
+    single = [
+        TensorSurvival(
+            one.tensor, one.projection / one.delta, math.sqrt(one.delta / one.base) if one.base else math.inf
+        )
+        for one in tensors
+        if one.delta
     ]
     return Survival(
-        total=projection / delta if delta else None,
+        total=math.fsum(one.projection for one in tensors) / delta if delta else None,
         relative_norm=math.sqrt(delta / base) if base else 0.0,
-        tensors=len(sums),
-        elements=elements,
-        worst=tuple(sorted(tensors, key=lambda one: (one.survival, one.tensor))[:worst]),
+        tensors=len(tensors),
+        elements=sum(one.elements for one in tensors),
+        worst=tuple(sorted(single, key=lambda one: (one.survival, one.tensor))[:worst]),
     )

@@ -20,8 +20,10 @@ import json
 import math
 import mmap
 import os
+import reprlib
 import stat
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,19 @@ from lorasmith.errors import BadFile, IOFailed, MissingFile
 
 MAX_HEADER = 100_000_000
 """Longest header accepted, in bytes: the limit of the safetensors library."""
+
+MAX_DEPTH = 64
+"""Deepest nesting of JSON accepted; configs have about 5 levels."""
+
+_FOREIGN = (
+    (b"version https://git-lfs.github.com", "is a Git LFS pointer, not the file; fetch the file with: git lfs pull"),
+    (b"PK\x03\x04", "is a zip archive, as torch.save writes; save the model as safetensors"),
+    (b"\x80\x02", "is a pickle, as torch.save wrote before 1.6; save the model as safetensors"),
+    (b"GGUF", "is a GGUF file; give the safetensors model it was made from"),
+    (b"<!", "is a web page, as a failed download leaves it; fetch the file again"),
+    (b"<html", "is a web page, as a failed download leaves it; fetch the file again"),
+)
+"""How files begin that are mistaken for safetensors or JSON, and what to say."""
 
 PAGE = 4096
 """Alignment of direct writes, in bytes."""
@@ -86,17 +101,19 @@ def read_header(file: str) -> Header:
                 "probably an interrupted download: fetch it again"
             )
         (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER:
-            raise BadFile(
-                f"{file} is not a safetensors file: its first 8 bytes announce a header of {length:,} bytes "
-                f"(at most {MAX_HEADER:,} are allowed)"
-            )
-        if 8 + length > size:
-            raise BadFile(
-                f"{file} is truncated: its header alone takes {8 + length:,} bytes and the file has {size:,}; "
-                "fetch it again"
-            )
-        raw = stream.read(length)
+        raw = stream.read(min(length, MAX_HEADER))
+    if not raw.startswith(b"{"):
+        _refuse_foreign(file, prefix + raw)
+    if length > MAX_HEADER:
+        raise BadFile(
+            f"{file} is not a safetensors file: its first 8 bytes announce a header of {length:,} bytes "
+            f"(at most {MAX_HEADER:,} are allowed)"
+        )
+    if len(raw) < length:
+        raise BadFile(
+            f"{file} is truncated: its header alone takes {8 + length:,} bytes and the file has {size:,}; "
+            "fetch it again"
+        )
     pairs = _parse(file, raw)
     metadata = _metadata(file, pairs.pop("__metadata__", None))
     entries = _entries(file, pairs, 8 + length, size)
@@ -127,8 +144,7 @@ def parse_json(file: str, raw: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
+            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
             raise BadFile(f"{file}: the key {twice!r} stands twice, so what it means is ambiguous")
         return found
 
@@ -136,24 +152,54 @@ def parse_json(file: str, raw: bytes) -> Any:
         raise BadFile(f"{file}: {constant} is not valid JSON")
 
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode()
     except BadFile:
         raise
+    except UnicodeEncodeError:
+        raise BadFile(f"{file} holds half of a character (a lone surrogate), which no text can contain") from None
     except RecursionError:
         raise BadFile(f"{file}: its JSON is nested too deeply to be real") from None
     except ValueError as error:
         raise BadFile(f"{file} holds broken JSON: {error}; was the file cut short?") from None
+    _refuse_deep(file, value)
+    return value
 
 
 def read_json(file: str) -> dict[str, Any]:
     """Read a JSON object from a file of at most MAX_HEADER bytes."""
-    with open_regular(file) as stream:
-        if os.fstat(stream.fileno()).st_size > MAX_HEADER:
-            raise BadFile(f"{file} is larger than {MAX_HEADER:,} bytes: not a plausible JSON file")
-        value = parse_json(file, stream.read())
+    value = load_json(file)
     if not isinstance(value, dict):
         raise BadFile(f"{file} should hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def load_json(file: str) -> Any:
+    """Read any JSON value from a file of at most MAX_HEADER bytes."""
+    with open_regular(file) as stream:
+        if os.fstat(stream.fileno()).st_size > MAX_HEADER:
+            raise BadFile(f"{file} is larger than {MAX_HEADER:,} bytes: not a plausible JSON file")
+        raw = stream.read()
+    _refuse_foreign(file, raw)
+    return parse_json(file, raw)
+
+
+def _refuse_foreign(file: str, raw: bytes) -> None:
+    for beginning, what in _FOREIGN:
+        if raw.startswith(beginning):
+            raise BadFile(f"{file} {what}")
+
+
+def _refuse_deep(file: str, value: Any) -> None:
+    """Refuse nesting on which code that recurses would stumble."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        children = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
+        level = [child for some in children for child in some if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise BadFile(f"{file}: its JSON is nested too deeply to be real")
 
 
 def _parse(file: str, raw: bytes) -> dict[str, Any]:
@@ -197,11 +243,11 @@ def _entry(file: str, name: str, facts: Any, data_start: int) -> TensorEntry:
         raise BadFile(f"{file}: tensor {name!r} must have dtype, shape and data_offsets in the header, no more")
     dtype, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise BadFile(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
+        raise BadFile(f"{file}: tensor {name!r} has the unknown dtype {reprlib.repr(dtype)}")
     if not _naturals(shape) or len(shape) > 64:
-        raise BadFile(f"{file}: tensor {name!r} has the impossible shape {shape!r:.100}")
+        raise BadFile(f"{file}: tensor {name!r} has the impossible shape {reprlib.repr(shape)}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise BadFile(f"{file}: tensor {name!r} has the impossible data_offsets {offsets!r:.100}")
+        raise BadFile(f"{file}: tensor {name!r} has the impossible data_offsets {reprlib.repr(offsets)}")
     begin, end = offsets
     if math.prod(shape) * BITS[dtype] != 8 * (end - begin):
         raise BadFile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +12,11 @@ from lorasmith.checkpoint import TOKENIZER_FILES, Checkpoint
 from lorasmith.dtypes import NAMES
 from lorasmith.errors import BadOption, listed
 from lorasmith.records import SideFile
+from lorasmith.safefile import open_regular
 
 PROVENANCE = "lorasmith.json"
+
+_BLOCK = 1 << 20
 
 
 def side_files(
@@ -20,24 +24,39 @@ def side_files(
     adapters: Sequence[Adapter],
     *,
     index: SideFile | None,
-    provenance: str,
     dtype: str | None,
     tokenizer: str | None,
 ) -> tuple[SideFile, ...]:
     """The base's side files with those keys and files changed that must; ``dtype`` is a format code or None."""
-    files = {name: SideFile(name, source=path) for name, path in checkpoint.side_files.items()}
+    files = {name: copied(name, path) for name, path in checkpoint.side_files.items()}
     theirs = _adapters_tokenizer(adapters, tokenizer)
     if theirs:
         files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES}
-        files |= {name: SideFile(name, source=path) for name, path in theirs.items()}
+        files |= {name: copied(name, path) for name, path in theirs.items()}
     if dtype is not None:
         config = _with_dtype(checkpoint.config, NAMES[dtype])
         if config != checkpoint.config:
-            files["config.json"] = SideFile("config.json", text=json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            files["config.json"] = written("config.json", text)
     if index is not None:
         files[index.name] = index
-    files[PROVENANCE] = SideFile(PROVENANCE, text=provenance + "\n")
     return tuple(files[name] for name in sorted(files))
+
+
+def copied(name: str, path: str) -> SideFile:
+    """A side file taken over as it is."""
+    sha, size = hashlib.sha256(), 0
+    with open_regular(path) as stream:
+        while block := stream.read(_BLOCK):
+            sha.update(block)
+            size += len(block)
+    return SideFile(name, size, sha.hexdigest(), source=path)
+
+
+def written(name: str, text: str) -> SideFile:
+    """A side file of this text."""
+    raw = text.encode()
+    return SideFile(name, len(raw), hashlib.sha256(raw).hexdigest(), text=text)
 
 
 def _adapters_tokenizer(adapters: Sequence[Adapter], wanted: str | None) -> Mapping[str, str]:
@@ -72,5 +91,6 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _read(file: str) -> bytes:
-    with open(file, "rb") as stream:
-        return stream.read()
+    with open_regular(file) as stream:
+        content: bytes = stream.read()
+    return content

@@ -103,7 +103,7 @@ def _merge(pipe: Any, trap: Trap, exchange: bool, arguments: tuple[Any, ...], op
     from lorasmith.execution import workplace
 
     if not exchange:
-        workplace._exchange = lambda one, other: False  # as on systems that cannot swap two paths in one step
+        workplace.exchange = lambda one, other: False  # as on systems that cannot swap two paths in one step
     counter = Counter(trap)
     report = error = None
     try:
@@ -885,6 +885,62 @@ def test_what_appears_at_the_output_after_a_kill_is_left_alone(tmp_path: Path, j
     with pytest.raises(lorasmith.OutputExists, match="exists"):
         job.finish(out)
     assert {name: (out / name).read_text() for name in os.listdir(out)} == {"notes.txt": "mine"}
+
+
+# ------------------------------------------------------------------------------------------------- mount points
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_result_on_a_mount_point_is_moved_into_it_and_what_makes_it_a_model_last(mount: Path, job: Job) -> None:
+    parts = kills = 0
+    while job.run(mount, trap=Trap("steps", kills + 1)).code:
+        kills += 1
+        found = set(os.listdir(mount)) - {".lorasmith.partial"}
+        whole = set(os.listdir(job.base)) | {"lorasmith.json"}
+        assert "config.json" not in found or found == whole
+        assert "model.safetensors.index.json" not in found or found >= whole - {"config.json"}
+        parts += 0 < len(found) < len(whole)
+        end = job.run(mount)
+        assert end.error is None or (found == whole and isinstance(end.error, lorasmith.OutputExists))
+        assert {name: digest for name, digest in tree(mount).items() if name != "."} == {
+            name: digest for name, digest in job.whole.items() if name != "."
+        }
+        for file in mount.iterdir():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    assert kills > 20
+    assert parts >= 5
+
+
+def test_a_mount_point_that_holds_something_is_left_alone(mount: Path, job: Job, old: Path) -> None:
+    shutil.copytree(old, mount, dirs_exist_ok=True)
+    before = tree(mount)
+    with pytest.raises(lorasmith.OutputExists, match="exists"):
+        lorasmith.merge(job.base, job.lora.folder, mount)
+    with pytest.raises(lorasmith.OutputExists, match="mount point"):
+        lorasmith.merge(job.base, job.lora.folder, mount, overwrite=True)
+    assert tree(mount) == before
+
+
+def test_a_model_half_moved_into_a_mount_point_is_completed_before_another_is_refused(mount: Path, job: Job) -> None:
+    job.kill(mount, Trap("steps", len(job.steps)))
+    assert 1 < len(os.listdir(mount)) < len(set(os.listdir(job.base)) | {"lorasmith.json"})
+    assert (mount / ".lorasmith.partial").is_dir()
+    end = job.run(mount, dtype="float32")
+    assert isinstance(end.error, lorasmith.OutputExists)
+    assert not (mount / ".lorasmith.partial").exists()
+    assert {name for name in tree(mount) if name != "."} == {name for name in job.whole if name != "."}
 
 
 # ----------------------------------------------------------------------------------------------- a disk that fails

@@ -6,6 +6,7 @@ Exit 0 done, 1 failed, 2 wrong usage, 130 interrupted. Data goes to stdout, ever
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -37,10 +38,14 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code."""
     if os.environ.get(DEBUG):
         commands.main(args, prog_name="lorasmith")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be in no encoding at all
+            stream.reconfigure(errors="backslashreplace")
     code = _run(args)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):
-            stream.flush()
+        with contextlib.suppress(OSError):  # closed or full: what could be told was told
+            if stream is not None:
+                stream.flush()
     os._exit(code)  # taking torch apart would cost 0.2 s, and the system frees everything anyway
 
 
@@ -51,7 +56,7 @@ def _run(args: Sequence[str] | None) -> int:
         wrong.show()
         return wrong.exit_code
     except (KeyboardInterrupt, click.Abort):
-        error("interrupted; nothing was published, and the same command goes on from what is finished")
+        error("interrupted; the output is whole or not there, and the same command goes on from here")
         return 130
     except BrokenPipeError:  # whoever read our output has gone
         return 1

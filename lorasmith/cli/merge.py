@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from decimal import Decimal
 from typing import Any
 
 import click
@@ -21,13 +23,25 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
         if match is None or match[2] not in UNITS:
             self.fail(f"{value!r} is not a size; write it like 5GB or 128MiB", param, ctx)
-        return int(float(match[1]) * UNITS[match[2]])
+        return int(Decimal(match[1]) * UNITS[match[2]])
+
+
+class Place(click.ParamType):  # type: ignore[type-arg]
+    """A path; ``~`` is the home folder also where the shell leaves it, as in ``--out=~/merged``."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("the path is empty; is a variable of the script not set?", param, ctx)
+        first, _, _ = str(value).partition(os.sep)
+        return str(value) if os.path.lexists(first) else os.path.expanduser(value)
 
 
 @click.command(short_help="Merge adapters into a model.")
-@click.argument("base", metavar="BASE")
-@click.argument("adapters", metavar="ADAPTER[:WEIGHT]...", nargs=-1, required=True)
-@click.option("-o", "--out", metavar="OUT", required=True, help="Where the merged model goes.")
+@click.argument("base", type=Place(), metavar="BASE")
+@click.argument("adapters", type=Place(), metavar="ADAPTER[:WEIGHT]...", nargs=-1, required=True)
+@click.option("-o", "--out", type=Place(), metavar="OUT", required=True, help="Where the merged model goes.")
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),

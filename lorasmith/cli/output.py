@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+
+from lorasmith.errors import IOFailed, one_line
 
 if TYPE_CHECKING:
     from lorasmith.records import AdapterUse, MergeReport, Plan, Progress, Resources, Survival, TargetGroup
@@ -34,7 +37,7 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def error(message: str) -> None:
     """Say what went wrong."""
-    click.secho(f"Error: {message}", err=True, fg="red")
+    click.secho(f"Error: {one_line(message)}", err=True, fg="red")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Output:
         """One line before a merge begins."""
         if not (self.quiet or self.as_json):
             what = f"Merging {_count(plan.tensors_merged + plan.tensors_replaced, 'tensor')}"
-            click.echo(f"{what}, writing {size(plan.bytes_written)} to {out} ({takes.threads} threads)", err=True)
+            text = f"{what}, writing {size(plan.bytes_written)} to {out} ({_count(takes.threads, 'thread')})"
+            click.echo(one_line(text), err=True)
 
     def report(self, report: MergeReport) -> None:
         """What a merge did."""
@@ -72,14 +76,14 @@ class Output:
     def say(self, text: str) -> None:
         """A line for people."""
         if not (self.as_json or self.quiet):
-            click.echo(text)
+            self._text([text])
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None] | None]:
         """A callback that shows how far a run is: a bar on a terminal, a line every few seconds elsewhere."""
         if not self.show_progress:
             yield None
-        elif sys.stderr.isatty():
+        elif _can_draw(sys.stderr):
             with contextlib.closing(_Bar()) as bar:
                 yield bar
         else:
@@ -87,14 +91,28 @@ class Output:
 
     def _text(self, lines: Iterable[str]) -> None:
         if not self.quiet:
-            click.echo("\n".join(lines))
+            _to_stdout("\n".join(one_line(line) for line in lines))
 
     def _data(self, value: object) -> None:
-        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        _to_stdout(json.dumps(value, indent=2))
 
     def _warn(self, warnings: Sequence[str]) -> None:
         for warning in warnings:
-            click.secho(f"Warning: {warning}", err=True, fg="yellow")
+            click.secho(f"Warning: {one_line(warning)}", err=True, fg="yellow")
+
+
+def _can_draw(stream: TextIO | None) -> bool:
+    """Whether it is a terminal; those that say they have no width (``docker run -t``) show no bar."""
+    return stream is not None and stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+
+
+def _to_stdout(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as failed:
+        raise IOFailed(failed.errno, f"standard output cannot be written: {failed.strerror}") from failed
 
 
 class _Bar:

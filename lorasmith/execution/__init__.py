@@ -12,34 +12,27 @@ own threads switched off and work side by side on different panels.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 from lorasmith.execution.blocks import WRITERS, Budget, Task, tasks
 from lorasmith.execution.transfer import copy
 from lorasmith.execution.worker import Filled, Worker
 from lorasmith.execution.workplace import Workplace
-from lorasmith.records import Convert, Copy, Plan, Progress, Survival, Write
-from lorasmith.rounding import survival
+from lorasmith.records import Convert, Copy, Output, Plan, Progress, Write
+from lorasmith.rounding import Sample
 from lorasmith.safefile import AlignedBuffer, Reader, Writer
 
 ProgressCallback = Callable[[Progress], None]
+FinishedCallback = Callable[[Output, list[Sample]], None]
+"""Told that a file is on the disk, with what was sampled of its tensors; one call at a time."""
 
 POLL = 0.1
 """Seconds between two progress events, and the longest a Ctrl-C waits to be noticed."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What carrying out a plan has shown: the survival, bytes found finished, and the threads used."""
-
-    survival: Survival | None
-    bytes_resumed: int
-    threads: int
 
 
 def default_threads() -> int:
@@ -47,18 +40,24 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def execute(plan: Plan, place: Workplace, budget: Budget, progress: ProgressCallback | None = None) -> Outcome:
-    """Write every file of the plan that holds weights and is not finished yet.
+def execute(
+    plan: Plan,
+    place: Workplace,
+    budget: Budget,
+    finished: FinishedCallback,
+    progress: ProgressCallback | None = None,
+) -> int:
+    """Write every file of the plan that holds weights and is not finished yet; return the bytes that were.
 
-    Raises NotFinite, IOFailed, and the system's own OSError from a failed write (``claim`` makes it lorasmith's).
+    Raises NotFinite, IOFailed, what ``finished`` and ``progress`` raise, and the system's own OSError from a failed
+    write (``claim`` makes it lorasmith's).
     """
     started = time.monotonic()
     with _readers() as readers, _torch_threads_kept():
-        work = _Work(plan, budget, place, readers)
-        workers = [Worker(readers, allow_overflow=plan.allow_overflow) for _ in range(budget.threads)]
+        work = _Work(plan, budget, place, readers, finished)
         running = [threading.Thread(target=work.write, daemon=True) for _ in range(WRITERS)]
         if work.needs_torch:
-            running += [threading.Thread(target=work.compute, args=(worker,), daemon=True) for worker in workers]
+            running += [threading.Thread(target=work.compute, daemon=True) for _ in range(budget.threads)]
         try:
             for thread in running:
                 thread.start()
@@ -76,16 +75,25 @@ def execute(plan: Plan, place: Workplace, budget: Budget, progress: ProgressCall
         work.raise_error()
         if progress is not None:
             progress(work.progress(time.monotonic() - started))
-    return Outcome(survival([one for worker in workers for one in worker.samples]), work.resumed, budget.threads)
+    return work.resumed
 
 
 class _Work:
     """What is left to do, shared by all threads: tasks in the order of the files, and panels filled and free."""
 
-    def __init__(self, plan: Plan, budget: Budget, place: Workplace, readers: Mapping[str, Reader]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        budget: Budget,
+        place: Workplace,
+        readers: Mapping[str, Reader],
+        finished: FinishedCallback,
+    ) -> None:
         self._plan = plan
         self._place = place
         self._readers = readers
+        self._finished = finished
+        self._samples: dict[int, list[Sample]] = {}
         self._changed = threading.Condition()
         self._arithmetic: deque[Task] = deque()
         self._plain: deque[Task] = deque()
@@ -102,16 +110,12 @@ class _Work:
 
     def _queue_tasks(self, budget: Budget) -> None:
         for index, output in enumerate(self._plan.outputs):
-            if self._name(index) in self._place.finished:
+            if self._place.is_finished(output):
                 self.resumed += output.size
                 continue
             for task in tasks(self._plan, index, budget.panel):
                 (self._arithmetic if isinstance(task.step, Convert) else self._plain).append(task)
                 self._left[index] = self._left.get(index, 0) + 1
-
-    def _name(self, index: int) -> str:
-        """The file's name in the result; a single file is the result itself."""
-        return "" if self._plan.single_file else self._plan.outputs[index].name
 
     def progress(self, seconds: float) -> Progress:
         total = sum(output.size for output in self._plan.outputs)
@@ -119,10 +123,11 @@ class _Work:
 
     # ----------------------------------------------------------------------------------------------- computing
 
-    def compute(self, worker: Worker) -> None:
+    def compute(self) -> None:
         """Fill panels until no arithmetic is left or something failed."""
         try:
             _switch_off_torch_threads()
+            worker = Worker(self._readers, allow_overflow=self._plan.allow_overflow)
             while (taken := self._next_arithmetic()) is not None:
                 filled = worker.fill(*taken)
                 with self._changed:
@@ -174,8 +179,8 @@ class _Work:
     def _writer(self, index: int) -> Writer:
         with self._changed:
             if index not in self._writers:
-                path = self._place.path(self._name(index))
-                self._writers[index] = Writer(path, self._plan.outputs[index].size)
+                output = self._plan.outputs[index]
+                self._writers[index] = Writer(self._place.path(output.name), output.size)
             return self._writers[index]
 
     def _finish(self, taken: Filled, writer: Writer) -> None:
@@ -183,13 +188,14 @@ class _Work:
         with self._changed:
             self._done += taken.nbytes
             self._free.append(taken.panel)
+            self._samples.setdefault(index, []).extend(taken.samples)
             self._left[index] -= 1
             last = self._left[index] == 0
             self._changed.notify_all()
         if last:
             writer.sync()
             with self._changed:
-                self._place.finish(self._name(index), self._plan.outputs[index].size)
+                self._finished(self._plan.outputs[index], self._samples.pop(index))
                 del self._writers[index], self._left[index]
                 self._changed.notify_all()
             writer.close()
@@ -241,7 +247,13 @@ class _Readers(dict[str, Reader]):
             return self[file]
 
 
-# ---------------------------------------------------------------------------------------------- torch's threads
+# ------------------------------------------------------------------------------------------- torch, its threads
+
+
+def import_torch_meanwhile() -> None:
+    """Begin to import torch, which takes longer than planning does; whoever needs it waits for the rest."""
+    threading.Thread(target=importlib.import_module, args=("torch",)).start()
+
 
 _torch_users = 0
 _torch_threads = 0

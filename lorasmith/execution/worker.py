@@ -27,6 +27,7 @@ class Filled:
     start: int
     nbytes: int
     offset: int
+    samples: tuple[Sample, ...] = ()
 
 
 class Worker:
@@ -38,7 +39,7 @@ class Worker:
         self._scratch: dict[str, torch.Tensor] = {}
         self._opened_step: Merge | None = None
         self._opened: list[tuple[OpenDelta, float]] = []
-        self.samples: list[Sample] = []
+        self._samples: list[Sample] = []
 
     def fill(self, task: Task, panel: AlignedBuffer) -> Filled:
         """Compute the task's rows into the panel, placed as direct writes need them."""
@@ -48,9 +49,10 @@ class Worker:
         offset, nbytes = step.offset + task.start * columns * size, (task.stop - task.start) * columns * size
         place = offset % PAGE if offset % size == 0 else 0
         out = _panel_tensor(panel, step.dtype, place, task.stop - task.start, columns)
+        self._samples = []
         for rows in blocks(step, task.start, task.stop):
             self._block(step, rows, out[rows.start - task.start : rows.stop - task.start])
-        return Filled(task, panel, place, nbytes, offset)
+        return Filled(task, panel, place, nbytes, offset, tuple(self._samples))
 
     def _block(self, step: Convert, rows: slice, out: torch.Tensor) -> None:
         if isinstance(step, Merge):
@@ -80,7 +82,7 @@ class Worker:
         base = stored[:height].to(self._sum_dtype(step))
         delta = torch.zeros_like(base)
         self._add(step, delta, base, few)
-        self.samples.append(sample(step.entry.name, number, out[:height], base, delta))
+        self._samples.append(sample(step.entry.name, number, out[:height], base, delta))
 
     def _open(self, step: Merge) -> None:
         """Open the step's deltas and keep them until another step comes."""

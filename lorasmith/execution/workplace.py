@@ -1,7 +1,7 @@
 """The folder a result grows in, and how it becomes the output: all of it or nothing.
 
     OUT.partial/            beside OUT (inside OUT, as OUT/.lorasmith.partial, where OUT is a mount point)
-        journal             JSON lines: what is being made, which files are finished, that publishing began
+        journal             what is being made, which files are finished, that publishing began
         result              the result: a folder, or a file where OUT is one
 
 The journal is locked while a run lives, so two runs never share an output. A killed run leaves the folder, and the
@@ -11,263 +11,180 @@ same command goes on from its finished files; a result is renamed to OUT once ev
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import json
+import hashlib
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from lorasmith.errors import IOFailed, LorasmithError, NoSpace, OutputBusy, OutputExists
-from lorasmith.records import Plan, SideFile
-from lorasmith.safefile import read_header
+from lorasmith.errors import InputChanged, IOFailed, LorasmithError, NoSpace, OutputBusy, OutputExists
+from lorasmith.execution.destination import JOURNAL, REPLACED, RESULT, is_empty, partial_folder, require_free
+from lorasmith.execution.journal import Finished, Journal, heading
+from lorasmith.execution.renaming import exchange, identity, move_into, remove, sync_folder
+from lorasmith.records import Output, Plan, SideFile
+from lorasmith.rounding import Sample, summed
 
-JOURNAL, RESULT, REPLACED = "journal", "result", "replaced"
-MOUNT_FOLDER = ".lorasmith.partial"
-
-_MODEL_MARKS = ("config.json", "adapter_config.json", "lorasmith.json", "model_index.json")
-
-
-def check_output(out: str, inputs: Sequence[str], *, single_file: bool, overwrite: bool) -> None:
-    """Refuse an output that is an input, that is no place for this result, or that would be lost."""
-    target = os.path.realpath(out)
-    for path in inputs:
-        given = os.path.realpath(path)
-        if target == given:
-            raise OutputExists(f"the output {out} is the input {path}; choose another output")
-        if os.path.isdir(given) and _contains(given, target):
-            raise OutputExists(f"the output {out} lies inside the input {path}; choose another output")
-        if _contains(target, given):
-            raise OutputExists(f"the output {out} contains the input {path}; choose another output")
-    if not os.path.lexists(target):
-        return
-    if single_file and os.path.isdir(target):
-        raise OutputExists(
-            f"{out} is a folder and the base is a single file, so the result is one too; name the file: "
-            f"-o {os.path.join(out, 'model.safetensors')}"
-        )
-    if _is_empty(target) or (overwrite and _is_replaceable(target)):
-        return
-    if overwrite:
-        raise OutputExists(
-            f"{out} is neither a model nor an adapter, so --overwrite leaves it alone; remove it yourself"
-        )
-    if _left_over(target) is None:
-        raise OutputExists(f"{out} exists already; choose another output, or replace it with --overwrite")
-
-
-def _contains(folder: str, path: str) -> bool:
-    return path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _is_empty(target: str) -> bool:
-    if not os.path.isdir(target):
-        return False
-    return not set(os.listdir(target)) - {MOUNT_FOLDER, "lost+found"}
-
-
-def _is_replaceable(target: str) -> bool:
-    """Whether what is there is a model or an adapter and nothing more."""
-    if os.path.isfile(target):
-        try:
-            return bool(read_header(target).entries)
-        except LorasmithError:
-            return False
-    if os.path.ismount(target):
-        return False
-    names = os.listdir(target)
-    weights = any(name.endswith((".safetensors", ".bin")) for name in names)
-    return weights and any(name in _MODEL_MARKS for name in names) and ".git" not in names
-
-
-def _place(target: str) -> str:
-    return os.path.join(target, MOUNT_FOLDER) if os.path.ismount(target) else target + ".partial"
-
-
-def _left_over(target: str) -> str | None:
-    """The partial folder of an earlier run, if it is one of ours."""
-    folder = _place(target)
-    ours = os.path.isdir(folder) and (os.path.isfile(os.path.join(folder, JOURNAL)) or not os.listdir(folder))
-    return folder if ours else None
-
-
-def free_space(out: str) -> int:
-    """Bytes there are for the result: free ones, and those an unfinished run of the same output holds."""
-    target = os.path.realpath(out)
-    folder = target
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free + _held(_place(target))
-
-
-def _held(folder: str) -> int:
-    if not hasattr(os, "statvfs"):
-        return 0
-    files = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
-    return sum(os.lstat(file).st_blocks * 512 for file in files)
+_BLOCK = 1 << 20
 
 
 class Workplace:
-    """The partial folder of one run, locked; made by ``claim``."""
+    """The partial folder of one run, locked; made by ``claim``.
 
-    def __init__(self, out: str, target: str, folder: str, lock: int, made: str | None, overwrite: bool) -> None:
-        self.out = out
+    ``published`` says that the output is complete already, ``samples`` what was measured of the finished files.
+    """
+
+    def __init__(self, out: str, target: str, folder: str, journal: Journal, *, overwrite: bool) -> None:
+        self._out = out
         self._overwrite = overwrite
-        self.target = target
-        self.folder = folder
-        self.result = os.path.join(folder, RESULT)
-        self._journal = lock
-        self._made = made
-        self.finished: dict[str, int] = {}
+        self._target = target
+        self._folder = folder
+        self._result = os.path.join(folder, RESULT)
+        self._replaced = os.path.join(folder, REPLACED)
+        self._is_mount = os.path.dirname(folder) == target
+        self._journal = journal
+        self._single_file = False
+        self._finished: set[str] = set()
+        self.samples: list[Sample] = []
         self.published = False
 
-    # -------------------------------------------------------------------------------------------------- journal
+    # --------------------------------------------------------------------------------------------- finished files
 
     def begin(self, plan: Plan) -> None:
         """Go on from what an earlier run of the same plan finished, or start afresh.
 
-        Raises OutputExists when another run has published a result meanwhile.
+        Raises OutputExists when something that must stay has come to the output meanwhile.
         """
-        heading = {"lorasmith": plan.hash, "base": [list(facts) for facts in plan.base_files]}
-        lines = self._read_journal()
-        publishing = next((line["publishing"] for line in lines if "publishing" in line), None)
-        if publishing is not None:
-            self._finish_publishing(publishing)
-        if lines[:1] == [heading]:
-            self.published = publishing is not None and self._is_published(publishing)
-            self.finished = {line["finished"]: line["size"] for line in lines if "finished" in line}
-            self.finished = {name: size for name, size in self.finished.items() if self._size_of(name) == size}
-        if not self.finished and not self.published:
-            self._clear()
-            self._append(heading)
+        self._single_file = plan.single_file
+        past = self._journal.read()
+        ours = past.heading == heading(plan)
+        if past.publishing is not None:
+            self._finish_publishing(past.publishing)
+            self.published = ours and self._is_published(past.publishing) and self._holds(self._target, plan)
+            ours = self.published or (ours and self._is_result(past.publishing))
+        if ours:
+            self._take_up(plan, past.finished)
         if self.published:
             return
-        self._require_free()
+        if not self._finished:
+            self._restore_replaced()
+            remove(self._result)
+            self._journal.begin(plan)
+        require_free(self._out, self._target, overwrite=self._overwrite)
         if not plan.single_file:
-            os.makedirs(self.result, exist_ok=True)
+            os.makedirs(self._result, exist_ok=True)
 
-    def _require_free(self) -> None:
-        """Refuse to replace what ``check_output`` has not seen, or must not be replaced."""
-        if os.path.dirname(self.folder) == self.target or not os.path.lexists(self.target) or _is_empty(self.target):
-            return
-        if not (self._overwrite and _is_replaceable(self.target)):
-            raise OutputExists(f"{self.out} exists already; choose another output, or replace it with --overwrite")
+    def _take_up(self, plan: Plan, finished: Sequence[Finished]) -> None:
+        sizes = {output.name: output.size for output in plan.outputs}
+        for one in finished:
+            there = self.published or self._size(self._result, one.name) == one.size
+            if there and sizes.get(one.name) == one.size and one.name not in self._finished:
+                self._finished.add(one.name)
+                self.samples += one.samples
+
+    def is_finished(self, output: Output) -> bool:
+        """Whether a file of the result is on the disk, whole."""
+        return output.name in self._finished
+
+    def finish(self, output: Output, samples: Sequence[Sample]) -> None:
+        """Note that a file of the result is on the disk, and what was sampled of its tensors."""
+        whole = summed(samples)
+        self._journal.finish(output, whole)
+        self._finished.add(output.name)
+        self.samples += whole
 
     def path(self, name: str) -> str:
         """Where a file of the result is written, its folder made."""
-        if name == "":
-            return self.result
-        path = os.path.join(self.result, *name.split("/"))
+        path = self._within(self._result, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
 
-    def finish(self, name: str, size: int) -> None:
-        """Record that a file of the result is on the disk."""
-        self._append({"finished": name, "size": size})
+    def _within(self, result: str, name: str) -> str:
+        """A file of a result; a single file is the result itself."""
+        return result if self._single_file else os.path.join(result, *name.split("/"))
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        os.write(self._journal, (json.dumps(line) + "\n").encode())
-        os.fsync(self._journal)
-
-    def _read_journal(self) -> list[dict[str, Any]]:
-        """The journal's whole lines; one cut short by a crash was never acted upon."""
-        with open(os.path.join(self.folder, JOURNAL), "rb") as stream:
-            text = stream.read().decode("utf-8", "replace")
-        lines = []
-        for line in text.splitlines():
-            try:
-                value = json.loads(line)
-            except ValueError:
-                break
-            if isinstance(value, dict):
-                lines.append(value)
-        return lines
-
-    def _size_of(self, name: str) -> int:
+    def _size(self, result: str, name: str) -> int:
         try:
-            return os.stat(os.path.join(self.result, *name.split("/")) if name else self.result).st_size
+            return os.stat(self._within(result, name)).st_size
         except OSError:
             return -1
 
-    def _clear(self) -> None:
-        """Forget an earlier run: its result and its journal's lines."""
-        os.ftruncate(self._journal, 0)
-        os.lseek(self._journal, 0, os.SEEK_SET)
-        for name in (RESULT, REPLACED):
-            _remove(os.path.join(self.folder, name))
+    def _holds(self, result: str, plan: Plan) -> bool:
+        """Whether a result has all its files: inodes are used again, so that one alone proves nothing."""
+        names = [] if self._single_file else [file.name for file in plan.side_files]
+        return all(self._size(result, one.name) == one.size for one in plan.outputs) and all(
+            self._size(result, name) >= 0 for name in names
+        )
 
-    # ----------------------------------------------------------------------------------------------- publishing
+    # ------------------------------------------------------------------------------------------------ publishing
 
     def write_side_files(self, files: Sequence[SideFile]) -> None:
-        """Put the files that hold no weights beside those that do, on the disk."""
+        """Put the files that hold no merged weights beside those that do, on the disk."""
         for file in files:
-            path = self.path(file.name)
-            if file.source is not None:
-                shutil.copyfile(file.source, path)
-            else:
-                with open(path, "w", encoding="utf-8", newline="\n") as stream:
-                    stream.write(file.text or "")
-            with open(path, "rb+") as stream:
+            with open(self.path(file.name), "wb") as stream:
+                if file.source is None:
+                    stream.write((file.text or "").encode())
+                else:
+                    _copy(file, stream.fileno())
+                stream.flush()
                 os.fsync(stream.fileno())
-        if os.path.isdir(self.result):
-            for root, _, _ in os.walk(self.result):
-                _sync_folder(root)
+        if os.path.isdir(self._result):
+            for root, _, _ in os.walk(self._result):
+                sync_folder(root)
 
     def publish(self) -> None:
         """Rename the finished result to the output, replacing what is there, and remove the partial folder."""
         if not self.published:
-            _sync_folder(self.folder)
-            self._append({"publishing": _identity(self.result)})
+            sync_folder(self._folder)
+            self._journal.publish(identity(self._result))
             self._swap()
             self.published = True
         self.remove()
 
     def _swap(self) -> None:
         """Make the result the output; after a kill at any point ``_finish_publishing`` does the rest."""
-        self._require_free()
-        if os.path.dirname(self.folder) == self.target:
-            _move_into(self.result, self.target)
+        require_free(self._out, self._target, overwrite=self._overwrite)
+        if self._is_mount:
+            move_into(self._result, self._target)
             return
-        if not os.path.lexists(self.target) or _is_empty(self.target):
-            if os.path.isdir(self.target):
-                os.rmdir(self.target)
-            os.rename(self.result, self.target)
-        elif not _exchange(self.result, self.target):
-            os.rename(self.target, os.path.join(self.folder, REPLACED))
-            os.rename(self.result, self.target)
-        _sync_folder(os.path.dirname(self.target))
+        if not os.path.lexists(self._target) or is_empty(self._target):
+            if os.path.isdir(self._target):
+                os.rmdir(self._target)
+            os.rename(self._result, self._target)
+        elif not exchange(self._result, self._target):
+            os.rename(self._target, self._replaced)
+            os.rename(self._result, self._target)
+        sync_folder(os.path.dirname(self._target))
 
-    def _finish_publishing(self, identity: list[int]) -> None:
+    def _finish_publishing(self, published: Sequence[int]) -> None:
         """Complete what a run that was killed while publishing had begun."""
-        if self._is_published(identity):
+        if not self._is_result(published):
             return
-        replaced = os.path.join(self.folder, REPLACED)
-        if os.path.lexists(self.result) and _identity(self.result) == identity:
-            if os.path.lexists(replaced) and not os.path.lexists(self.target):
-                os.rename(self.result, self.target)
-            elif os.path.dirname(self.folder) == self.target:
-                _move_into(self.result, self.target)
+        if self._is_mount:
+            move_into(self._result, self._target)
+        elif os.path.lexists(self._replaced) and not os.path.lexists(self._target):
+            os.rename(self._result, self._target)
+            sync_folder(os.path.dirname(self._target))
 
-    def _is_published(self, identity: list[int]) -> bool:
-        if os.path.dirname(self.folder) == self.target:
-            return not os.path.lexists(self.result)
-        return os.path.lexists(self.target) and _identity(self.target) == identity
+    def _is_result(self, published: Sequence[int]) -> bool:
+        return os.path.lexists(self._result) and identity(self._result) == tuple(published)
+
+    def _is_published(self, published: Sequence[int]) -> bool:
+        if self._is_mount:
+            return not os.path.lexists(self._result)
+        return os.path.lexists(self._target) and identity(self._target) == tuple(published)
+
+    def _restore_replaced(self) -> None:
+        """Put back what was about to be replaced by a result that is not there any more, or no longer wanted."""
+        if os.path.lexists(self._replaced) and not os.path.lexists(self._target):
+            os.rename(self._replaced, self._target)
+        remove(self._replaced)
 
     def remove(self) -> None:
-        """Remove the partial folder, and the folders that were made for it if they are empty."""
-        for name in (RESULT, REPLACED):
-            _remove(os.path.join(self.folder, name))
+        """Remove the partial folder."""
+        remove(self._result)
+        remove(self._replaced)
         with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self.folder, JOURNAL))
-            os.rmdir(self.folder)
-        parent = os.path.dirname(self.folder)
-        while self._made is not None and len(parent) >= len(self._made):
-            try:
-                os.rmdir(parent)
-            except OSError:
-                break
-            parent = os.path.dirname(parent)
+            os.unlink(os.path.join(self._folder, JOURNAL))
+            os.rmdir(self._folder)
 
 
 @contextlib.contextmanager
@@ -279,16 +196,17 @@ def claim(out: str, *, overwrite: bool) -> Iterator[Workplace]:
     what the system reports under way.
     """
     target = os.path.realpath(out)
-    folder = _place(target)
+    folder = partial_folder(target)
     made = _first_missing(os.path.dirname(folder))
     try:
         os.makedirs(os.path.dirname(folder), exist_ok=True)
-        lock = _lock(out, folder)
+        journal = Journal(_lock(out, folder))
     except LorasmithError:
         raise
     except OSError as error:
+        _remove_empty(os.path.dirname(folder), made)
         raise IOFailed(error.errno, f"cannot write beside {out}: {error.strerror}") from error
-    place = Workplace(out, target, folder, lock, made, overwrite)
+    place = Workplace(out, target, folder, journal, overwrite=overwrite)
     try:
         yield place
     except (NoSpace, IOFailed):
@@ -302,7 +220,8 @@ def claim(out: str, *, overwrite: bool) -> Iterator[Workplace]:
         place.remove()
         raise
     finally:
-        os.close(lock)
+        journal.close()
+        _remove_empty(os.path.dirname(folder), made)
 
 
 def _as_ours(error: OSError, out: str) -> NoSpace | IOFailed:
@@ -355,6 +274,20 @@ def _flock(fd: int) -> None:
         return  # a file system without locks
 
 
+def _copy(file: SideFile, fd: int) -> None:
+    """Copy a side file, making sure that it is still what was planned."""
+    assert file.source is not None
+    sha = hashlib.sha256()
+    with open(file.source, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            sha.update(block)
+            view = memoryview(block)
+            while view:
+                view = view[os.write(fd, view) :]
+    if sha.hexdigest() != file.sha256:
+        raise InputChanged(f"{file.source} was changed while its model was being merged; run the same command again")
+
+
 def _first_missing(folder: str) -> str | None:
     """The topmost of the folders that would have to be made."""
     missing = None
@@ -363,43 +296,11 @@ def _first_missing(folder: str) -> str | None:
     return missing
 
 
-def _identity(path: str) -> list[int]:
-    facts = os.stat(path)
-    return [facts.st_dev, facts.st_ino]
-
-
-def _move_into(result: str, target: str) -> None:
-    """Move a result's files into a mount point, what makes it a model last."""
-    names = sorted(os.listdir(result), key=lambda name: (name == "config.json", name.endswith(".index.json"), name))
-    for name in names:
-        os.replace(os.path.join(result, name), os.path.join(target, name))
-    _sync_folder(target)
-    os.rmdir(result)
-
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-
-
-def _exchange(one: str, other: str) -> bool:
-    """Swap two paths in one step (renameat2(2)); False where the system cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
-
-
-def _sync_folder(folder: str) -> None:
-    with contextlib.suppress(OSError):  # Windows cannot open a folder
-        fd = os.open(folder, os.O_RDONLY)
+def _remove_empty(folder: str, topmost: str | None) -> None:
+    """Remove the folders that were made for a result, up to ``topmost``, unless something is in them."""
+    while topmost is not None and len(folder) >= len(topmost):
         try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
-        os.unlink(path)
+            os.rmdir(folder)
+        except OSError:
+            break
+        folder = os.path.dirname(folder)

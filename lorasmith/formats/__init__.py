@@ -7,7 +7,7 @@ import re
 from typing import Protocol
 
 from lorasmith.adapter import Adapter
-from lorasmith.checkpoint import require_path
+from lorasmith.checkpoint import names_in, require_path
 from lorasmith.errors import AdapterMismatch, BadFile, MissingFile, Unsupported, listed
 from lorasmith.formats import peft
 from lorasmith.safefile import Header, read_header
@@ -16,8 +16,8 @@ from lorasmith.safefile import Header, read_header
 class Dialect(Protocol):
     """What a module of this folder offers."""
 
-    def recognises(self, header: Header) -> bool:
-        """Whether the tensors have this dialect's names."""
+    def recognises(self, path: str, header: Header) -> bool:
+        """Whether the tensors have this dialect's names, or a config at ``path`` says that they are of this dialect."""
 
     def read(self, path: str, header: Header) -> Adapter:
         """Read the adapter at ``path`` (a folder or a file), whose tensors ``header`` lists."""
@@ -45,13 +45,13 @@ def read_adapter(path: str) -> Adapter:
     if not header.entries:
         raise BadFile(f"{file} holds no tensors at all")
     for dialect in FORMATS.values():
-        if dialect.recognises(header):
+        if dialect.recognises(path, header):
             return dialect.read(path, header)
     raise _unrecognised(header)
 
 
 def _adapter_file(folder: str) -> str:
-    names = sorted(os.listdir(folder))
+    names = names_in(folder)
     if "adapter_model.safetensors" in names:
         return os.path.join(folder, "adapter_model.safetensors")
     if "adapter_model.bin" in names:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from lorasmith.deltas.low_rank import Factor, LowRank, Product, lora
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.dtypes import FLOATS
 from lorasmith.errors import AdapterMismatch, BadFile, Unsupported, listed
+from lorasmith.formats.scales import Scales
 from lorasmith.safefile import Header, Reader, TensorEntry, parse_json, read_json
 
 ROLES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -72,9 +73,12 @@ class _Parts:
         return tuple(entry.name for entry in entries)
 
 
-def recognises(header: Header) -> bool:
-    """Whether any tensor has one of PEFT's LoRA names."""
-    return any(_ROLE.match(entry.name) for entry in header.entries)
+def recognises(path: str, header: Header) -> bool:
+    """Whether any tensor has one of PEFT's LoRA names, or the config names another of PEFT's tuners."""
+    if any(_ROLE.match(entry.name) for entry in header.entries):
+        return True
+    config, where = _config(path, header, optional=True)
+    return where is not None and config.get("peft_type", "LORA") != "LORA"
 
 
 def read(path: str, header: Header) -> Adapter:
@@ -83,7 +87,8 @@ def read(path: str, header: Header) -> Adapter:
     where = config_source or header.file
     _refuse_options(where, config)
     modules, replacements, ignored = _sort_tensors(header)
-    scales = _Scales(where, config, known=config_source is not None)
+    _require_magnitudes(where, config, modules)
+    scales = Scales(where, config, known=config_source is not None)
     deltas = [
         ModuleDelta(module, "weight", _delta(header.file, module, parts, scales), parts.names, _is_embedding(parts))
         for module, parts in modules.items()
@@ -103,25 +108,38 @@ def read(path: str, header: Header) -> Adapter:
         scale_assumed=scales.assumed,
         side_files=_side_files(path),
         notes=_notes(where, config),
+        warnings=scales.unsure,
     )
 
 
-def clean_module(name: str) -> str:
-    """The module's own path, without PEFT's prefix and without wrappers' marks."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while parts and parts[0] == "module":
-        parts.pop(0)
-    if parts[:1] == ["base_model"]:
-        parts = parts[2:] if parts[1:2] == ["model"] else parts[1:]
-        while parts and parts[0] == "module":
-            parts.pop(0)
-    return ".".join(parts)
+def clean_names(names: Iterable[str]) -> dict[str, str]:
+    """The names without PEFT's prefix and without wrappers' marks.
+
+    What stands before the model's own path does so in every name of a file. So ``module`` is DDP's mark, and the
+    prefix is ``base_model.model.``, only where all names have it; else these words belong to the model.
+    """
+    originals = list(names)
+    paths = [[part for part in name.split(".") if part not in _WRAPPERS] for name in originals]
+    while _all_begin(paths, "module"):
+        paths = [parts[1:] for parts in paths]
+    if _all_begin(paths, "base_model"):
+        paths = [parts[1:] for parts in paths]
+        if _all_begin(paths, "model"):
+            paths = [parts[1:] for parts in paths]
+    while _all_begin(paths, "module"):
+        paths = [parts[1:] for parts in paths]
+    return {name: ".".join(parts) for name, parts in zip(originals, paths, strict=True)}
+
+
+def _all_begin(paths: list[list[str]], word: str) -> bool:
+    """Whether all paths begin with a word that isn't the whole path of the layer that a factor is for."""
+    return bool(paths) and all(parts[:1] == [word] and parts[1:] and parts[1] not in ROLES for parts in paths)
 
 
 # ---------------------------------------------------------------------------------------------- configuration
 
 
-def _config(path: str, header: Header) -> tuple[dict[str, Any], str | None]:
+def _config(path: str, header: Header, *, optional: bool = False) -> tuple[dict[str, Any], str | None]:
     """The LoraConfig and where it was found: beside the tensors, or in the file's own metadata."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     beside = os.path.join(folder, "adapter_config.json")
@@ -136,7 +154,7 @@ def _config(path: str, header: Header) -> tuple[dict[str, Any], str | None]:
                     "the two files are not of one adapter"
                 )
         return config, beside
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not optional:
         raise BadFile(
             f"{path} has no adapter_config.json, so the scale of its deltas is unknown; copy it from the training run"
         )
@@ -185,65 +203,6 @@ def _side_files(path: str) -> dict[str, str]:
     return {name: file for name, file in found.items() if os.path.isfile(file)}
 
 
-class _Scales:
-    """What each module's product is multiplied with.
-
-    The rule is PEFT's (``LoraModel._create_and_replace``, ``get_pattern_key``): the first pattern, in the config's
-    order, that matches the end of the module's path at a dot decides.
-    """
-
-    def __init__(self, where: str, config: Mapping[str, Any], *, known: bool) -> None:
-        self._where = where
-        self._known = known
-        self._r = self._number(config, "r", 8)
-        self._alpha = self._number(config, "lora_alpha", 8)
-        self._rslora = bool(config.get("use_rslora"))
-        self._ranks = self._pattern(config, "rank_pattern")
-        self._alphas = self._pattern(config, "alpha_pattern")
-        self.assumed = False
-
-    def of(self, module: str, rank: int, alpha: float | None) -> float:
-        """alpha/rank, or alpha/√rank; an ``.alpha`` tensor must agree with the config."""
-        if not self._known:
-            self.assumed |= alpha is None
-            return 1.0 if alpha is None else alpha / rank
-        r, ours = self._lookup(self._ranks, module, self._r), self._lookup(self._alphas, module, self._alpha)
-        if r != rank:
-            raise AdapterMismatch(
-                f"{self._where}: module {module!r} has rank {rank}, but the config says r = {r:g}; "
-                "the config belongs to another adapter, or rank_pattern was lost"
-            )
-        if alpha is not None and alpha != ours:
-            raise AdapterMismatch(
-                f"{self._where}: module {module!r} has alpha {alpha:g} in its tensors and {ours:g} in the config"
-            )
-        return ours / math.sqrt(rank) if self._rslora else ours / rank
-
-    def _lookup(self, patterns: Mapping[str, float], module: str, default: float) -> float:
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
-
-    def _number(self, config: Mapping[str, Any], key: str, default: float) -> float:
-        value = config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise BadFile(f"{self._where}: {key} = {value!r} is not a number")
-        return value
-
-    def _pattern(self, config: Mapping[str, Any], key: str) -> dict[str, float]:
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise BadFile(f"{self._where}: {key} must map module patterns to numbers")
-        for pattern in patterns:
-            self._number(patterns, pattern, 0)
-            try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except re.error as error:
-                raise BadFile(f"{self._where}: {key} has the broken pattern {pattern!r}: {error}") from None
-        return patterns
-
-
 # ---------------------------------------------------------------------------------------------- tensors
 
 
@@ -253,22 +212,24 @@ def _sort_tensors(header: Header) -> tuple[dict[str, _Parts], list[ModuleDelta],
     ignored: list[str] = []
     adapters: set[str] = set()
     unknown: list[str] = []
+    names = clean_names(entry.name for entry in header.entries)
     for entry in header.entries:
-        match = _ROLE.match(entry.name)
+        name = names[entry.name]
+        match = _ROLE.match(name)
         if match:
             role = _role(entry, match, adapters)
-            _put(modules.setdefault(clean_module(match["module"]), _Parts()), role, entry)
-        elif entry.name.endswith(".alpha"):
-            parts = modules.setdefault(clean_module(entry.name.removesuffix(".alpha")), _Parts())
+            _put(modules.setdefault(match["module"], _Parts()), role, entry)
+        elif name.endswith(".alpha"):
+            parts = modules.setdefault(name.removesuffix(".alpha"), _Parts())
             if parts.alpha is not None:
                 raise BadFile(f"{header.file}: {entry.name!r} and {parts.alpha.name!r} name one alpha")
             parts.alpha = entry
-        elif ".original_module." in entry.name:
+        elif ".original_module." in name:
             ignored.append(entry.name)
-        elif entry.name.endswith((".base_layer.weight", ".base_layer.bias")):
-            module, parameter = entry.name.split(".base_layer.")
+        elif name.endswith((".base_layer.weight", ".base_layer.bias")):
+            module, _, parameter = name.rpartition(".base_layer.")
             replacement = Replacement(_float(entry))
-            replacements.append(ModuleDelta(clean_module(module), parameter, replacement, (entry.name,), True))
+            replacements.append(ModuleDelta(module, parameter, replacement, (entry.name,), True))
         else:
             unknown.append(entry.name)
     if len(adapters) > 1:
@@ -314,19 +275,36 @@ def _describe_unknown(file: str, names: list[str]) -> str:
         ".modules_to_save.": "modules trained whole (modules_to_save)",
         ".trainable_tokens_delta": "trained token rows (trainable_token_indices)",
         ".lora_E": "AdaLoRA",
-        ".bias": "trained biases",
         "lora_": "another kind of adapter",
+        ".weight": "modules trained whole (modules_to_save)",
+        ".bias": "trained biases",
     }
     what = next((kind for mark, kind in kinds.items() if any(mark in name for name in names)), None)
     hint = f" ({what}, not supported yet)" if what else "; they would be lost, so nothing was merged"
     return f"{file} holds {len(names)} tensors that are not LoRA factors: {listed(names)}{hint}"
 
 
+def _require_magnitudes(where: str, config: Mapping[str, Any], modules: Mapping[str, _Parts]) -> None:
+    """Refuse an adapter whose config and tensors disagree about DoRA."""
+    said = config.get("use_dora")
+    for module, parts in modules.items():
+        magnitude = parts.tensors.get("lora_magnitude_vector")
+        if said and magnitude is None:
+            raise AdapterMismatch(
+                f"{where} says use_dora, but module {module!r} has no lora_magnitude_vector; the adapter is incomplete"
+            )
+        if said is False and magnitude is not None:
+            raise AdapterMismatch(
+                f"{where} says use_dora = false, but the adapter holds {magnitude.name!r}; "
+                "the config belongs to another adapter"
+            )
+
+
 def _is_embedding(parts: _Parts) -> bool:
     return "lora_embedding_A" in parts.tensors or "lora_embedding_B" in parts.tensors
 
 
-def _delta(file: str, module: str, parts: _Parts, scales: _Scales) -> Delta:
+def _delta(file: str, module: str, parts: _Parts, scales: Scales) -> Delta:
     embedding = _is_embedding(parts)
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     a, b = (_factor(file, module, parts, name) for name in names)

@@ -18,6 +18,12 @@ from lorasmith.errors import AdapterMismatch, listed
 from lorasmith.naming.renamings import runtime_name
 from lorasmith.safefile import TensorEntry
 
+HEADS = (
+    "lm_head", "embed_out", "proj_out", "output_projection", "decoder", "generator_lm_head", "lm_loss",
+    "vocab_projector",
+)  # fmt: skip
+"""What the layers are called that turn hidden states into logits over the vocabulary."""
+
 
 @dataclass(frozen=True)
 class Match:
@@ -83,12 +89,12 @@ def _move(name: str, strip: str, add: str) -> str | None:
 
 
 def _prefix_rules(wanted: Sequence[str], names: Iterable[str]) -> list[tuple[str, str]]:
-    """Prefixes to take off and put on, read off the base tensors that end like the first few wanted names."""
+    """Prefixes to take off and put on, read off the base tensors that end like some of the wanted names."""
     rules: dict[tuple[str, str], None] = {}
     by_tail: dict[str, list[str]] = {}
     for name in names:
         by_tail.setdefault(_tail(name), []).append(name)
-    for name in wanted[:8]:
+    for name in wanted[:: max(1, len(wanted) // 8)]:
         for candidate in by_tail.get(_tail(name), []):
             if name.endswith("." + candidate):
                 rules[name.removesuffix(candidate), ""] = None
@@ -110,7 +116,7 @@ def _describe(adapter: Adapter, checkpoint: Checkpoint, left: list[ModuleDelta],
     if near:
         text += f"Nearest to {wanted} {'are' if len(near) > 1 else 'is'} {listed(near)}. "
     head = left[0].module.rsplit(".", 1)[-1]
-    if head in ("lm_head", "embed_out", "proj_out") and checkpoint.config.get("tie_word_embeddings", True):
+    if head in HEADS and checkpoint.config.get("tie_word_embeddings", True):
         text += f"The base ties its {head} to the embeddings and stores no weight for it, which is not supported yet. "
     elif not some:
         text += "The adapter was probably trained on another model. "

@@ -27,7 +27,11 @@ RENAMINGS = dict.fromkeys(
 
 
 def runtime_name(config: Mapping[str, Any], name: str) -> str:
-    """The name a stored tensor has in the running model."""
+    """The name a stored tensor has in the running model; its parts (``encoder``, ``decoder``) have their own config."""
+    first, dot, rest = name.partition(".")
+    part = config.get(first)
+    if dot and isinstance(part, Mapping):
+        return first + dot + runtime_name(part, rest)
     model_type = config.get("model_type")
     for pattern, replacement in RENAMINGS.get(model_type, ()) if isinstance(model_type, str) else ():
         name = re.sub(pattern, replacement, name)
