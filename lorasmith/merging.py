@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from lorasmith.checkpoint import open_checkpoint, require_path
 from lorasmith.errors import BadOption, InputChanged, NoSpace, Unsupported
-from lorasmith.execution import default_threads, execute, import_torch_meanwhile
+from lorasmith.execution import default_threads, execute
 from lorasmith.execution.blocks import Budget, fit
 from lorasmith.execution.destination import check_output, free_space
 from lorasmith.execution.workplace import claim
@@ -60,7 +60,6 @@ def merge(
     is written. May be called from several threads at once, for different outputs.
     """
     started = time.monotonic()
-    import_torch_meanwhile()
     plan_ = plan(
         base,
         adapters,

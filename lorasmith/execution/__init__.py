@@ -12,7 +12,6 @@ own threads switched off and work side by side on different panels.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import threading
 import time
@@ -247,13 +246,7 @@ class _Readers(dict[str, Reader]):
             return self[file]
 
 
-# ------------------------------------------------------------------------------------------- torch, its threads
-
-
-def import_torch_meanwhile() -> None:
-    """Begin to import torch, which takes longer than planning does; whoever needs it waits for the rest."""
-    threading.Thread(target=importlib.import_module, args=("torch",)).start()
-
+# ---------------------------------------------------------------------------------------------- torch's threads
 
 _torch_users = 0
 _torch_threads = 0
