@@ -7,23 +7,19 @@ torch.compile, DDP and FSDP leave in module paths; all of these mean the same mo
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from lorasmith.adapter import Adapter, ModuleDelta, digest
 from lorasmith.checkpoint import TOKENIZER_FILES
-from lorasmith.deltas import Delta
-from lorasmith.deltas.dora import Dora
-from lorasmith.deltas.low_rank import Factor, LowRank, Product, lora
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.dtypes import FLOATS
 from lorasmith.errors import AdapterMismatch, BadFile, Unsupported, listed
+from lorasmith.formats.factors import Parts, is_embedding, read_delta
 from lorasmith.formats.scales import Scales
-from lorasmith.safefile import Header, Reader, TensorEntry, parse_json, read_json
+from lorasmith.safefile import Header, TensorEntry, parse_json, read_json
 
 ROLES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
@@ -60,19 +56,6 @@ KNOWN_OPTIONS = frozenset((
 )) | frozenset(REFUSED_OPTIONS)  # fmt: skip
 
 
-@dataclass
-class _Parts:
-    """The tensors of one module, by role."""
-
-    tensors: dict[str, TensorEntry] = field(default_factory=dict)
-    alpha: TensorEntry | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        entries = [*self.tensors.values(), *([self.alpha] if self.alpha else [])]
-        return tuple(entry.name for entry in entries)
-
-
 def recognises(path: str, header: Header) -> bool:
     """Whether any tensor has one of PEFT's LoRA names, or the config names another of PEFT's tuners."""
     if any(_ROLE.match(entry.name) for entry in header.entries):
@@ -90,7 +73,7 @@ def read(path: str, header: Header) -> Adapter:
     _require_magnitudes(where, config, modules)
     scales = Scales(where, config, known=config_source is not None)
     deltas = [
-        ModuleDelta(module, "weight", _delta(header.file, module, parts, scales), parts.names, _is_embedding(parts))
+        ModuleDelta(module, "weight", read_delta(header.file, module, parts, scales), parts.names, is_embedding(parts))
         for module, parts in modules.items()
     ]
     deltas += replacements
@@ -206,8 +189,8 @@ def _side_files(path: str) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- tensors
 
 
-def _sort_tensors(header: Header) -> tuple[dict[str, _Parts], list[ModuleDelta], list[str]]:
-    modules: dict[str, _Parts] = {}
+def _sort_tensors(header: Header) -> tuple[dict[str, Parts], list[ModuleDelta], list[str]]:
+    modules: dict[str, Parts] = {}
     replacements: list[ModuleDelta] = []
     ignored: list[str] = []
     adapters: set[str] = set()
@@ -218,9 +201,9 @@ def _sort_tensors(header: Header) -> tuple[dict[str, _Parts], list[ModuleDelta],
         match = _ROLE.match(name)
         if match:
             role = _role(entry, match, adapters)
-            _put(modules.setdefault(match["module"], _Parts()), role, entry)
+            _put(modules.setdefault(match["module"], Parts()), role, entry)
         elif name.endswith(".alpha"):
-            parts = modules.setdefault(name.removesuffix(".alpha"), _Parts())
+            parts = modules.setdefault(name.removesuffix(".alpha"), Parts())
             if parts.alpha is not None:
                 raise BadFile(f"{header.file}: {entry.name!r} and {parts.alpha.name!r} name one alpha")
             parts.alpha = entry
@@ -253,7 +236,7 @@ def _role(entry: TensorEntry, match: re.Match[str], adapters: set[str]) -> str:
     return match["role"]
 
 
-def _put(parts: _Parts, role: str, entry: TensorEntry) -> None:
+def _put(parts: Parts, role: str, entry: TensorEntry) -> None:
     if role in parts.tensors:
         raise BadFile(
             f"{entry.file}: {entry.name!r} and {parts.tensors[role].name!r} are two names for the same tensor; "
@@ -284,7 +267,7 @@ def _describe_unknown(file: str, names: list[str]) -> str:
     return f"{file} holds {len(names)} tensors that are not LoRA factors: {listed(names)}{hint}"
 
 
-def _require_magnitudes(where: str, config: Mapping[str, Any], modules: Mapping[str, _Parts]) -> None:
+def _require_magnitudes(where: str, config: Mapping[str, Any], modules: Mapping[str, Parts]) -> None:
     """Refuse an adapter whose config and tensors disagree about DoRA."""
     said = config.get("use_dora")
     for module, parts in modules.items():
@@ -298,71 +281,3 @@ def _require_magnitudes(where: str, config: Mapping[str, Any], modules: Mapping[
                 f"{where} says use_dora = false, but the adapter holds {magnitude.name!r}; "
                 "the config belongs to another adapter"
             )
-
-
-def _is_embedding(parts: _Parts) -> bool:
-    return "lora_embedding_A" in parts.tensors or "lora_embedding_B" in parts.tensors
-
-
-def _delta(file: str, module: str, parts: _Parts, scales: Scales) -> Delta:
-    embedding = _is_embedding(parts)
-    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    a, b = (_factor(file, module, parts, name) for name in names)
-    rank = a.shape[0]
-    if b.shape[1] != rank:
-        raise AdapterMismatch(
-            f"{file}: {a.name!r} has rank {rank} and {b.name!r} has rank {b.shape[1]}; they are not of one adapter"
-        )
-    alpha = None if parts.alpha is None else _scalar(parts.alpha)
-    scale = scales.of(module, rank, alpha)
-    if embedding:
-        if "lora_magnitude_vector" in parts.tensors:
-            raise Unsupported(f"{file}: DoRA on the embedding {module!r} is not supported yet")
-        return LowRank((Product(Factor(a, flipped=True), Factor(b, flipped=True), scale),))
-    low_rank = lora(a, b, scale)
-    magnitude = parts.tensors.get("lora_magnitude_vector")
-    if magnitude is None:
-        return low_rank
-    if math.prod(magnitude.shape) != b.shape[0]:
-        raise AdapterMismatch(
-            f"{file}: {magnitude.name!r} has {math.prod(magnitude.shape)} magnitudes for {b.shape[0]} outputs"
-        )
-    return Dora(low_rank, magnitude)
-
-
-def _factor(file: str, module: str, parts: _Parts, name: str) -> TensorEntry:
-    entry = parts.tensors.get(name)
-    if entry is None:
-        has = listed(sorted(parts.tensors) or ["alpha"])
-        raise AdapterMismatch(f"{file}: module {module!r} has {has} but no {name}; the file is incomplete")
-    if len(entry.shape) == 1 or 0 in entry.shape:
-        raise AdapterMismatch(
-            f"{file}: tensor {entry.name!r} has shape {list(entry.shape)}: an empty shell, as DeepSpeed ZeRO-3 leaves "
-            "when the parameters were not gathered before saving; save the adapter again"
-        )
-    if len(entry.shape) != 2:
-        raise Unsupported(
-            f"{file}: tensor {entry.name!r} has {len(entry.shape)} dimensions (a convolution or experts), "
-            "which is not supported yet"
-        )
-    return entry
-
-
-def _scalar(entry: TensorEntry) -> float:
-    """The value of a one-element tensor."""
-    import numpy as np
-
-    if math.prod(entry.shape) != 1 or entry.dtype not in (*FLOATS, "I64", "I32"):
-        raise BadFile(
-            f"{entry.file}: {entry.name!r} should be one number, not {entry.dtype} of shape {list(entry.shape)}"
-        )
-    raw = bytearray(entry.nbytes)
-    reader = Reader(entry.file)
-    try:
-        reader.into(memoryview(raw), entry.start)
-    finally:
-        reader.close()
-    if entry.dtype == "BF16":
-        return float(np.frombuffer(bytes(2) + bytes(raw), "<f4")[0])
-    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
-    return float(np.frombuffer(raw, kinds[entry.dtype])[0])
