@@ -26,7 +26,8 @@ class ModuleDelta:
     """The delta an adapter has for ``module``'s ``parameter`` (weight or bias), in the module's orientation.
 
     ``stored_as_base`` is True where the adapter stores the tensor the way the base does, so that it must not be
-    transposed to fit (embeddings, replacements).
+    transposed to fit (embeddings, replacements). ``shared`` says that the change is one of what layers tied to this
+    one repeat, ``may_be_new`` that the base need not have the tensor.
     """
 
     module: str
@@ -34,6 +35,8 @@ class ModuleDelta:
     delta: Delta
     tensors: tuple[str, ...]
     stored_as_base: bool = False
+    shared: bool = False
+    may_be_new: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Adapter:
     """One adapter: ``deltas`` in the order of its file (``stamp``: path, size, mtime).
 
     ``ignored`` are tensors that carry no change (copies of base weights in raw state dicts). ``names_base`` is the
-    base its config names. ``fan_in_fan_out`` is the config's word on weights stored as (in, out), None without one.
+    base its config names, ``residual`` the initialisation that has changed that base, if one has.
+    ``fan_in_fan_out`` is the config's word on weights stored as (in, out), None without one.
     ``scale_assumed`` says that no alpha was found anywhere and the scale was taken to be 1. ``warnings`` are about
     what the files leave in doubt, ``notes`` about what is passed over.
     """
@@ -55,6 +59,7 @@ class Adapter:
     names_base: str | None
     fan_in_fan_out: bool | None
     scale_assumed: bool
+    residual: str | None
     side_files: Mapping[str, str]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -72,11 +77,12 @@ class Adapter:
 def digest(header: Header) -> str:
     """The SHA-256 of the whole file, having checked that every float in it is finite.
 
-    Raises NotFinite with the first tensor that holds a NaN or an infinity.
+    Of a pickle it is that of its tensors, with their names, shapes and places. Raises NotFinite with the first tensor
+    that holds a NaN or an infinity.
     """
     import numpy as np
 
-    reader = Reader(header.file)
+    reader = Reader(header.entries[0].file if header.entries else header.file)
     sha = hashlib.sha256()
     buffer = np.empty(_BLOCK, np.uint8)
 
@@ -88,8 +94,11 @@ def digest(header: Header) -> str:
             yield block
 
     try:
-        for _ in blocks(0, header.data_start):
-            pass
+        if header.data_start:
+            for _ in blocks(0, header.data_start):
+                pass
+        else:  # a pickle: what it says is all over the file
+            sha.update(bytes.fromhex(header.sha256))
         for entry in header.entries:
             for block in blocks(entry.start, entry.start + entry.nbytes):
                 _require_finite(entry, block)

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasmith.errors import BadFile, IOFailed, LorasmithError, MissingFile, Unsupported, listed
-from lorasmith.safefile import Header, TensorEntry, load_json, read_header, read_json
+from lorasmith.safefile import Header, TensorEntry, load_json, read_json
+from lorasmith.weightfile import read_weights
 
 INDEX_SUFFIX = ".safetensors.index.json"
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Weights as transformers saved them before safetensors: one file, or the index of shards."""
 
 WEIGHT_ENDINGS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".ggml", ".onnx",
@@ -105,11 +109,11 @@ def names_in(folder: str) -> list[str]:
 
 
 def _open_file(path: str) -> Checkpoint:
-    header = read_header(path)
+    header, notes = read_weights(path)
     beside = os.path.join(os.path.dirname(path), "config.json")
     config_file = beside if os.path.isfile(beside) else None
     config = read_json(beside) if config_file else {}
-    return Checkpoint(path, None, (header,), None, None, config, config_file, {}, ())
+    return Checkpoint(path, None, (header,), None, None, config, config_file, {}, notes)
 
 
 def _open_folder(folder: str) -> Checkpoint:
@@ -118,15 +122,17 @@ def _open_folder(folder: str) -> Checkpoint:
     config = read_json(config_file) if "config.json" in names else {}
     weights = _choose_weights(folder, names, config)
     index = None
-    if weights.endswith(INDEX_SUFFIX):
+    if weights.endswith(".index.json"):
         index = read_json(os.path.join(folder, weights))
-        shards = _open_shards(folder, weights, index)
+        shards, notes = _open_shards(folder, weights, index)
     else:
-        shards = (read_header(os.path.join(folder, weights)),)
+        header, notes = read_weights(os.path.join(folder, weights))
+        shards = (header,)
     used = {os.path.basename(shard.file) for shard in shards} | {weights}
     unused = [name for name in names if _is_weights(name) and name not in used]
     unused += [name + "/" for name in names if name in FOREIGN_FOLDERS and os.path.isdir(os.path.join(folder, name))]
-    notes = (f"weights are read from {weights}; not used: {listed(unused)}",) if unused else ()
+    if unused:
+        notes = (f"weights are read from {weights}; not used: {listed(unused)}", *notes)
     return Checkpoint(
         path=folder,
         folder=folder,
@@ -153,6 +159,9 @@ def _choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) ->
     for name in ("model.safetensors", "model" + INDEX_SUFFIX):
         if name in names:
             return name
+    for name in PICKLES:
+        if name in names:
+            return name
     for ending in (INDEX_SUFFIX, ".safetensors"):
         found = [name for name in names if name.endswith(ending) and not name.startswith("adapter_model.")]
         if len(found) == 1:
@@ -171,20 +180,21 @@ def _no_weights(folder: str, names: list[str]) -> LorasmithError:
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     if pickles:
         return Unsupported(
-            f"{folder} has its weights only as pickle files ({listed(pickles)}), which cannot be streamed safely yet; "
-            "save the model once with safe_serialization=True"
+            f"{folder} holds no weights under a name that transformers knows, only {listed(pickles)}; "
+            "give the path of the file you mean"
         )
     return MissingFile(f"{folder} holds no *.safetensors file; is it a model folder, and was it downloaded completely?")
 
 
-def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tuple[Header, ...]:
+def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tuple[tuple[Header, ...], tuple[str, ...]]:
     where = os.path.join(folder, index_name)
+    ending = ".safetensors" if index_name.endswith(INDEX_SUFFIX) else ".bin"
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadFile(f"{where} has no weight_map")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_inside(shard) or not shard.endswith(".safetensors"):
-            raise BadFile(f"{where} places tensor {name!r} in {shard!r}, which is no safetensors file of this folder")
+        if not isinstance(shard, str) or not _is_inside(shard) or not shard.endswith(ending):
+            raise BadFile(f"{where} places tensor {name!r} in {shard!r}, which is no {ending} file of this folder")
     placed: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         placed.setdefault(shard, []).append(name)
@@ -195,7 +205,8 @@ def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tupl
             f"{where} names {len(missing)} of {len(files)} shards that are not there: {listed(missing)}; "
             "the download is incomplete"
         )
-    shards = tuple(read_header(os.path.join(folder, name)) for name in files)
+    read = [read_weights(os.path.join(folder, name)) for name in files]
+    shards = tuple(header for header, _ in read)
     for file, header in zip(files, shards, strict=True):
         present = {entry.name for entry in header.entries}
         ghosts = [name for name in placed[file] if name not in present]
@@ -208,7 +219,7 @@ def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tupl
             raise BadFile(
                 f"{where} places {listed(sorted(strays))} in another shard than {file}, which holds it as well"
             )
-    return shards
+    return shards, tuple(note for _, notes in read for note in notes)
 
 
 def _is_readable(name: str) -> bool:

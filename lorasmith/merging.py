@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from lorasmith.checkpoint import open_checkpoint, require_path
-from lorasmith.errors import BadOption, InputChanged, NoSpace, Unsupported
+from lorasmith.errors import BadOption, InputChanged, NoSpace
 from lorasmith.execution import default_threads, execute
 from lorasmith.execution.blocks import Budget, fit
 from lorasmith.execution.destination import check_output, free_space
+from lorasmith.execution.device import resolve
 from lorasmith.execution.workplace import claim
 from lorasmith.formats import read_adapter
 from lorasmith.planning import Options, build_plan
@@ -41,6 +42,8 @@ def merge(
     tokenizer: str | None = None,
     allow_unmatched: bool = False,
     allow_overflow: bool = False,
+    architecture: str | None = None,
+    base_is_residual: bool = False,
     overwrite: bool = False,
     planned: Callable[[Plan, Resources], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -49,9 +52,12 @@ def merge(
 
     ``base`` is a model folder or a ``.safetensors`` file, and ``out`` becomes the same kind of thing. ``adapters``
     are PEFT folders or files: ``path``, ``"path:0.7"`` or ``(path, 0.7)``. ``dtype`` is ``keep`` or the dtype of
-    every floating-point tensor of the result: ``float32``, ``bfloat16``, ``float16``. ``memory`` and
+    every floating-point tensor of the result: ``float32``, ``bfloat16``, ``float16``. ``device`` is what computes:
+    ``cpu``, ``cuda`` (the first GPU), ``cuda:N``, or ``auto`` for a GPU if there is one. ``memory`` and
     ``max_shard_size`` are in bytes; ``memory`` bounds the buffers, whatever the size of the model. ``tokenizer``
-    says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``planned`` is called once,
+    says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``architecture`` names the
+    result's class where an adapter brings layers that the base's has not; ``base_is_residual`` says that the base is
+    the one that the adapter's own initialisation (PiSSA and the like) has changed. ``planned`` is called once,
     before anything is written: raise in it to stop there. ``progress`` is called about ten times a second. Both are
     called from the calling thread.
 
@@ -70,6 +76,8 @@ def merge(
         tokenizer=tokenizer,
         allow_unmatched=allow_unmatched,
         allow_overflow=allow_overflow,
+        architecture=architecture,
+        base_is_residual=base_is_residual,
         overwrite=overwrite,
     )
     budget = _budget(plan_, memory, threads)
@@ -101,6 +109,8 @@ def plan(
     tokenizer: str | None = None,
     allow_unmatched: bool = False,
     allow_overflow: bool = False,
+    architecture: str | None = None,
+    base_is_residual: bool = False,
     overwrite: bool = False,
 ) -> Plan:
     """Everything ``merge`` would do with these arguments, having checked all that can be known before writing.
@@ -108,7 +118,7 @@ def plan(
     Reads headers, configs and the adapters, no tensor of the base. Given ``out``, also checks that the result may
     be written there. Raises what ``merge`` would.
     """
-    _require_cpu(device)
+    device = resolve(device)
     weighted = [_weighted(one) for one in _as_list(adapters)]
     checkpoint = open_checkpoint(os.fspath(base))
     for path, _ in weighted:
@@ -123,6 +133,8 @@ def plan(
         tokenizer=tokenizer,
         allow_unmatched=allow_unmatched,
         allow_overflow=allow_overflow,
+        architecture=architecture,
+        base_is_residual=base_is_residual,
     )
     return build_plan(checkpoint, [(read_adapter(path), weight) for path, weight in weighted], options)
 
@@ -151,15 +163,7 @@ def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
         raise BadOption(f"threads must be at least 1, not {threads}")
     if memory < 1:
         raise BadOption(f"memory must be a positive number of bytes, not {memory}")
-    return fit(plan, memory, threads or default_threads())
-
-
-def _require_cpu(device: str) -> None:
-    if device == "cpu":
-        return
-    if re.fullmatch(r"cuda(:\d+)?|auto", device):
-        raise Unsupported(f"device {device!r} is not supported yet; use cpu")
-    raise BadOption(f"device {device!r} is not known; use cpu")
+    return fit(plan, memory, threads or default_threads(plan.device))
 
 
 def _require_unchanged(plan: Plan) -> None:
@@ -207,6 +211,7 @@ def _report(plan: Plan, out: str, threads: int, resumed: int, survival: Survival
         dtype=plan.dtype,
         tensors_merged=plan.tensors_merged,
         tensors_replaced=plan.tensors_replaced,
+        tensors_added=plan.tensors_added,
         tensors_converted=plan.tensors_converted,
         tensors_copied=plan.tensors_copied,
         bytes_read=plan.bytes_read,

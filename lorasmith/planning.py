@@ -1,7 +1,7 @@
 """Headers and matched adapters in, a Plan out: everything is decided and refused here, before a byte is written.
 
-    1. every delta finds its base tensor and is turned the way the base stores it      (_bind)
-    2. deltas of one tensor are gathered; what cannot be right is refused              (_gather, _refuse_tied)
+    1. every delta finds its tensor and is turned the way that is stored               (structure, naming, _bind)
+    2. deltas of one tensor are gathered; what cannot be right is refused              (assembly)
     3. tensors are laid out into files, each byte of which gets one step               (layout)
     4. side files, provenance and the hash                                             (sidefiles, recipe)
 
@@ -13,29 +13,26 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 from lorasmith import layout, naming
-from lorasmith.adapter import Adapter
+from lorasmith.adapter import Adapter, ModuleDelta
+from lorasmith.assembly import Assembly, Bound, assemble
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.deltas import Delta
 from lorasmith.deltas.replacement import Replacement
+from lorasmith.deltas.token_rows import TokenRows
 from lorasmith.dtypes import BY_OPTION, FLOATS
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
+from lorasmith.naming.ties import EMBEDDINGS, HEADS, layer
 from lorasmith.recipe import plan_hash, recipe
-from lorasmith.records import AdapterUse, Convert, Merge, Plan, SideFile, TargetGroup, Term
+from lorasmith.records import AdapterUse, Convert, Merge, Output, Plan, SideFile, TargetGroup
 from lorasmith.safefile import TensorEntry
 from lorasmith.sidefiles import PROVENANCE, side_files, written
-
-EMBEDDINGS = (
-    "embed_tokens", "wte", "word_embeddings", "word_embedding", "shared", "embed_in", "tok_embeddings", "tokens_embed",
-    "embeddings", "embedding",
-)  # fmt: skip
-
-_HEADLESS = re.compile(r"(?<!MT)Model$|(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$")
-_HEADED = re.compile(r"Head|EncoderDecoder|^Bark")
-"""Of the classes of transformers: those without an output head over the vocabulary, and exceptions to it."""
+from lorasmith.structure import Structure, open_structure
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -52,6 +49,8 @@ class Options:
     tokenizer: str | None = None
     allow_unmatched: bool = False
     allow_overflow: bool = False
+    architecture: str | None = None
+    base_is_residual: bool = False
 
 
 def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], options: Options) -> Plan:
@@ -64,11 +63,16 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
     if options.dtype != "keep" and options.dtype not in BY_OPTION:
         raise BadOption(f"dtype {options.dtype!r} is not one of keep, {', '.join(BY_OPTION)}")
     dtype = BY_OPTION.get(options.dtype)
-    bound = [_bind(checkpoint, adapter, options) for adapter, _ in adapters]
-    terms = _gather(checkpoint, adapters, bound)
-    uses = tuple(_use(adapter, weight, one) for (adapter, weight), one in zip(adapters, bound, strict=True))
-    parts = layout.split(checkpoint, dtype, options.max_shard_size)
-    outputs = layout.lay_out(checkpoint, parts, terms, dtype)
+    if not options.base_is_residual:
+        _refuse_residual([adapter for adapter, _ in adapters])
+    structure = open_structure(checkpoint, [adapter for adapter, _ in adapters], options.architecture)
+    bindings = [_bind(checkpoint, structure, adapter, options) for adapter, _ in adapters]
+    assembly = assemble(
+        checkpoint, structure, adapters, [one.bound for one in bindings], [one.heads for one in bindings]
+    )
+    uses = tuple(_use(adapter, weight, one) for (adapter, weight), one in zip(adapters, bindings, strict=True))
+    parts = layout.split(checkpoint, assembly, dtype, options.max_shard_size)
+    outputs = layout.lay_out(checkpoint, parts)
     record = recipe(
         checkpoint,
         uses,
@@ -82,7 +86,8 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         beside = side_files(
             checkpoint,
             [adapter for adapter, _ in adapters],
-            index=layout.index(checkpoint, parts, dtype),
+            index=layout.index(checkpoint, parts),
+            config=assembly.config,
             dtype=dtype,
             tokenizer=options.tokenizer,
         )
@@ -92,10 +97,7 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         outputs = (layout.with_metadata(outputs[0], {PROVENANCE.removesuffix(".json"): provenance}),)
     else:
         beside = (*beside, written(PROVENANCE, provenance + "\n"))
-    steps = [step for output in outputs for step in output.steps]
-    merged = sum(isinstance(step, Merge) for step in steps)
-    converted = sum(type(step) is Convert and step.entry.name not in terms for step in steps)
-    replaced = sum(layout.replaces(one) for one in terms.values())
+    counts = _count(checkpoint, assembly, outputs)
     return Plan(
         base=checkpoint.path,
         adapters=uses,
@@ -105,13 +107,14 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         dtype=options.dtype,
         device=options.device,
         allow_overflow=options.allow_overflow,
-        tensors_merged=merged,
-        tensors_replaced=replaced,
-        tensors_converted=converted,
-        tensors_copied=sum(1 for _ in checkpoint.entries) - merged - replaced - converted,
+        tensors_merged=counts["merged"],
+        tensors_replaced=counts["replaced"],
+        tensors_added=len(assembly.added),
+        tensors_converted=counts["converted"],
+        tensors_copied=counts["copied"],
         bytes_read=sum(shard.size for shard in checkpoint.shards) + sum(adapter.stamp[1] for adapter, _ in adapters),
         bytes_written=sum(output.size for output in outputs) + sum(one.size for one in beside),
-        targets=tuple(_targets(bound)),
+        targets=tuple(_targets(bindings)),
         base_files=tuple(shard.stamp for shard in checkpoint.shards),
         adapter_files=tuple(adapter.stamp for adapter, _ in adapters),
         notes=(*checkpoint.notes, *(note for adapter, _ in adapters for note in adapter.notes)),
@@ -120,32 +123,94 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
     )
 
 
+def _refuse_residual(adapters: Sequence[Adapter]) -> None:
+    """Refuse deltas against a base that the adapter's own initialisation has changed."""
+    for adapter in adapters:
+        if adapter.residual is not None:
+            raise Unsupported(
+                f"{adapter.path} was initialised with {adapter.residual} (init_lora_weights in adapter_config.json), "
+                "which changes the base: its delta is against that changed base. Save it again with PEFT's "
+                "path_initial_model_for_weight_conversion, or use --base-is-residual if the base is the changed one"
+            )
+
+
+def _count(checkpoint: Checkpoint, assembly: Assembly, outputs: Sequence[Output]) -> Counter[str]:
+    """How many of the base's tensors are merged, replaced, converted and copied."""
+    names = {Merge: "merged", Convert: "converted"}
+    kinds = {step.name: type(step) for output in outputs for step in output.steps if isinstance(step, Convert)}
+    return Counter(
+        "replaced"
+        if entry.name in assembly.changed and layout.replaces(assembly.changed[entry.name])
+        else names[kinds[entry.name]]
+        if entry.name in kinds
+        else "copied"
+        for entry in checkpoint.entries
+        if entry.name not in assembly.dropped
+    )
+
+
 # ------------------------------------------------------------------------------------ 1. deltas to base tensors
 
 
 @dataclass(frozen=True)
-class _Bound:
-    """An adapter's deltas, turned the way the base stores them, each with its tensor and module."""
+class _Binding:
+    """An adapter's deltas on the model's tensors, its new layers, and the names of tensors left out."""
 
-    deltas: tuple[tuple[TensorEntry, str, Delta], ...]
+    bound: tuple[Bound, ...]
+    heads: tuple[ModuleDelta, ...]
     tensors_used: int
     unmatched: tuple[str, ...]
 
 
-def _bind(checkpoint: Checkpoint, adapter: Adapter, options: Options) -> _Bound:
-    matched, left = naming.match(adapter, checkpoint, allow_unmatched=options.allow_unmatched)
-    deltas = []
+def _bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, options: Options) -> _Binding:
+    matched, left = naming.match(adapter, structure.tensors, checkpoint, allow_unmatched=options.allow_unmatched)
+    heads = tuple(one for one in left if one.may_be_new)
+    grown = _grown(structure, matched)
+    bound = []
     for one in matched:
         delta = one.source.delta
         if not one.source.stored_as_base and _is_flipped(checkpoint, adapter, one):
             delta = delta.transposed()
-        _require_fit(adapter, one, delta)
-        deltas.append((one.target, one.source.module, delta))
-    return _Bound(
-        tuple(deltas),
-        sum(len(one.source.tensors) for one in matched) + len(adapter.ignored),
-        tuple(name for one in left for name in one.tensors),
+        now = replace(one, target=grown.get(one.target.name, one.target))
+        if isinstance(delta, TokenRows):
+            delta = _on(adapter, now, delta)
+        _require_fit(adapter, now, delta)
+        bound.append(Bound(one.target, one.source, delta))
+    used = [*(one.source for one in matched), *heads]
+    return _Binding(
+        tuple(bound),
+        heads,
+        sum(len(one.tensors) for one in used) + len(adapter.ignored),
+        tuple(name for one in left if not one.may_be_new for name in one.tensors),
     )
+
+
+def _grown(structure: Structure, matched: Sequence[naming.Match]) -> dict[str, TensorEntry]:
+    """Embeddings and output heads, with their biases, that an adapter gives another number of rows, as it has them."""
+    grown: dict[str, TensorEntry] = {}
+    rows: set[tuple[int, int]] = set()
+    for one in sorted(matched, key=lambda one: len(one.target.shape), reverse=True):
+        new, old = one.source.delta.entries[0], one.target
+        if not isinstance(one.source.delta, Replacement) or new.shape == old.shape or new.shape[1:] != old.shape[1:]:
+            continue
+        if not new.shape or not (layer(old.name) in EMBEDDINGS + HEADS or (old.shape[0], new.shape[0]) in rows):
+            continue
+        rows.add((old.shape[0], new.shape[0]))
+        for name in structure.group(old.name) if one.source.shared else (old.name,):
+            grown[name] = replace(old, name=name, shape=new.shape)
+    return grown
+
+
+def _on(adapter: Adapter, match: naming.Match, delta: TokenRows) -> TokenRows:
+    """Token rows on the weight that they are rows of."""
+    rows = match.target.matrix[0]
+    beyond = [token for token in delta.tokens if token >= rows]
+    if beyond:
+        raise AdapterMismatch(
+            f"{adapter.path}: {delta.new.name!r} has a row for token {beyond[0]}, but {match.target.name!r} has only "
+            f"{rows}; the adapter was trained on a larger vocabulary: save it with save_embedding_layers=True"
+        )
+    return replace(delta, shape=(rows, delta.shape[1]))
 
 
 def _is_flipped(checkpoint: Checkpoint, adapter: Adapter, match: naming.Match) -> bool:
@@ -167,66 +232,21 @@ def _require_fit(adapter: Adapter, match: naming.Match, delta: Delta) -> None:
     target = match.target
     if target.dtype not in FLOATS:
         raise Unsupported(f"the base stores {target.name!r} as {target.dtype}, to which no delta can be added")
-    if len(target.shape) > 2 and not isinstance(delta, Replacement):
-        raise Unsupported(
-            f"the base tensor {target.name!r} has shape {list(target.shape)} (a convolution or experts); "
-            "LoRA on it is not supported yet"
-        )
-    whole = isinstance(delta, Replacement)
-    shape = delta.entries[0].shape if whole else delta.shape
-    if shape != (target.shape if whole else target.matrix):
+    stored = delta.entries[0].shape
+    rows, columns = delta.shape
+    shape = (rows, columns // max(1, prod(stored[2:])), *stored[2:])[: len(stored)]
+    if shape != target.shape:
         raise AdapterMismatch(
             f"{adapter.path}: the delta for {target.name!r} has shape {list(shape)} and the base tensor "
             f"{list(target.shape)} ({match.source.tensors[0]}); the adapter was trained on another model or size"
         )
 
 
-def _gather(
-    checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], bound: Sequence[_Bound]
-) -> dict[str, tuple[Term, ...]]:
-    """The terms of every base tensor that changes; an adapter at weight 0 has none."""
-    terms: dict[str, list[Term]] = {}
-    for position, ((_, weight), one) in enumerate(zip(adapters, bound, strict=True)):
-        for target, _, delta in one.deltas:
-            _refuse_tied(checkpoint, target)
-            if weight != 0:
-                terms.setdefault(target.name, []).append(Term(delta, weight, position))
-    return {name: tuple(one) for name, one in terms.items()}
-
-
-def _refuse_tied(checkpoint: Checkpoint, target: TensorEntry) -> None:
-    """Refuse a change to a weight that a model uses twice: as its embedding and as its head, or in two embeddings."""
-    leaf = _layer(target)
-    if leaf not in EMBEDDINGS + naming.HEADS:
-        return
-    config = checkpoint.config
-    text = config.get("text_config")
-    flag = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
-    names = config.get("architectures")
-    names = names if isinstance(names, list) and names else [""]
-    headless = all(isinstance(name, str) and _HEADLESS.search(name) and not _HEADED.search(name) for name in names)
-    stored = any(_layer(entry) in naming.HEADS for entry in checkpoint.entries)
-    shared = config.get("is_encoder_decoder") and leaf in EMBEDDINGS
-    if not shared and (flag is False or (flag is None and stored) or headless):
-        return
-    raise Unsupported(
-        f"the adapter changes {target.name!r}, which the base ties to "
-        f"{'the embeddings of its encoder and decoder' if shared else 'its output head (tie_word_embeddings)'}: "
-        "a merged model would compute something else than the adapted one. Untying is not supported yet"
-    )
-
-
-def _layer(entry: TensorEntry) -> str:
-    """The name of the layer whose weight this is; nothing for other parameters."""
-    parts = entry.name.split(".")
-    return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
-
-
 # ---------------------------------------------------------------------------------------------- 3. what to tell
 
 
-def _use(adapter: Adapter, weight: float, bound: _Bound) -> AdapterUse:
-    deltas = [delta for _, _, delta in bound.deltas]
+def _use(adapter: Adapter, weight: float, binding: _Binding) -> AdapterUse:
+    deltas = [*(one.delta for one in binding.bound), *(one.delta for one in binding.heads)]
     low = [delta for delta in deltas if delta.rank] or deltas
     return AdapterUse(
         path=adapter.path,
@@ -237,17 +257,18 @@ def _use(adapter: Adapter, weight: float, bound: _Bound) -> AdapterUse:
         rank=(min(delta.rank for delta in low), max(delta.rank for delta in low)),
         scale=(min(delta.scale for delta in low), max(delta.scale for delta in low)),
         scale_assumed=adapter.scale_assumed,
-        modules=len({module for _, module, _ in bound.deltas}),
+        modules=len({one.source.module for one in binding.bound} | {one.module for one in binding.heads}),
         tensors=adapter.tensor_count,
-        tensors_used=bound.tensors_used,
-        unmatched=bound.unmatched,
+        tensors_used=binding.tensors_used,
+        unmatched=binding.unmatched,
     )
 
 
-def _targets(bound: Sequence[_Bound]) -> Iterator[TargetGroup]:
-    for position, one in enumerate(bound):
+def _targets(bindings: Sequence[_Binding]) -> Iterator[TargetGroup]:
+    for position, binding in enumerate(bindings):
         groups: dict[tuple[str, str], list[Delta]] = {}
-        for _, module, delta in one.deltas:
+        found = [(one.source.module, one.delta) for one in binding.bound]
+        for module, delta in [*found, *((one.module, one.delta) for one in binding.heads)]:
             groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module), delta.kind), []).append(delta)
         for (target, kind), deltas in groups.items():
             ranks, scales = [delta.rank for delta in deltas], [delta.scale for delta in deltas]

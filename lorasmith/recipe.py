@@ -51,7 +51,9 @@ def plan_hash(record: dict[str, Any], outputs: Sequence[Output], side_files: Seq
             if isinstance(step, Copy):
                 sha.update(_raw(f"{os.path.basename(step.source)} {step.start}\n"))
             if isinstance(step, Convert):
-                sha.update(f"{step.entry.name} {step.dtype}\n".encode())
+                sha.update(f"{step.name} {step.entry.name} {step.dtype}\n".encode())
+            if isinstance(step, Merge):
+                sha.update(f"{step.gain!r}\n".encode())
             for term in step.terms if isinstance(step, Merge) else ():
                 names = [entry.name for entry in term.delta.entries]
                 sha.update(f"{term.adapter} {term.factor!r} {term.delta.scale!r} {term.delta.kind} {names}\n".encode())

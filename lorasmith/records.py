@@ -52,8 +52,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Convert:
-    """A tensor whose elements are rounded to another ``dtype``."""
+    """A tensor whose elements are rounded to another ``dtype``; ``name`` is what the result calls it."""
 
+    name: str
     entry: TensorEntry
     dtype: str
     offset: int
@@ -62,9 +63,10 @@ class Convert:
 
 @dataclass(frozen=True)
 class Merge(Convert):
-    """A tensor to which deltas are added before it is rounded to ``dtype``."""
+    """A tensor to which deltas are added, and which is multiplied with ``gain``, before it is rounded to ``dtype``."""
 
     terms: tuple[Term, ...] = ()
+    gain: float = 1.0
 
 
 Step = Copy | Write | Convert | Merge
@@ -144,6 +146,7 @@ class Plan:
     allow_overflow: bool
     tensors_merged: int
     tensors_replaced: int
+    tensors_added: int
     tensors_converted: int
     tensors_copied: int
     bytes_read: int
@@ -233,6 +236,7 @@ class MergeReport:
     dtype: str
     tensors_merged: int
     tensors_replaced: int
+    tensors_added: int
     tensors_converted: int
     tensors_copied: int
     bytes_read: int

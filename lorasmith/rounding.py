@@ -38,8 +38,8 @@ def round_into(
     the dtype's largest value instead, unless the sum itself is a NaN.
     """
     out.copy_(acc)
-    if acc.view(-1).dot(acc.view(-1)).item() < 0.5 * LARGEST[dtype] * LARGEST[dtype]:
-        return  # no element can be a NaN or too large, which is cheaper to see from their squares than one by one
+    if harmless(squares(acc).item(), dtype):
+        return
     if saturate:
         out.copy_(acc.clamp(-LARGEST[dtype], LARGEST[dtype]).where(w0.isfinite(), acc))
     bad = w0.isfinite() & ~out.isfinite()
@@ -57,6 +57,19 @@ def round_into(
     )
 
 
+def squares(acc: torch.Tensor) -> torch.Tensor:
+    """The sum of a block's squares."""
+    return acc.view(-1).dot(acc.view(-1))
+
+
+def harmless(squares: float, dtype: str) -> bool:
+    """Whether no element of a block with this sum of squares can be a NaN or too large for a dtype.
+
+    That is cheaper to see from their squares than one by one.
+    """
+    return squares < 0.5 * LARGEST[dtype] * LARGEST[dtype]
+
+
 @dataclass(frozen=True)
 class Sample:
     """Sums over sampled rows of a tensor: ‹Ŵ−W0, ΔW›, ‖ΔW‖², ‖W0‖², and the number of elements.
@@ -72,20 +85,13 @@ class Sample:
     elements: int
 
 
-def sample(tensor: str, block: int, out: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor) -> Sample:
-    """Measure sampled rows, given the result, the base and the exact delta."""
+def measure(out: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """The three sums of a sample, in float64, given sampled rows of the result, the base and the exact delta."""
     import torch
 
     base, exact = w0.to(torch.float64), delta.to(torch.float64)
     moved = out.to(torch.float64) - base
-    return Sample(
-        tensor,
-        block,
-        (moved * exact).sum().item(),
-        exact.square().sum().item(),
-        base.square().sum().item(),
-        out.numel(),
-    )
+    return torch.stack([(moved * exact).sum(), exact.square().sum(), base.square().sum()])
 
 
 def summed(samples: Iterable[Sample]) -> list[Sample]:

@@ -24,20 +24,24 @@ def side_files(
     adapters: Sequence[Adapter],
     *,
     index: SideFile | None,
+    config: Mapping[str, Any],
     dtype: str | None,
     tokenizer: str | None,
 ) -> tuple[SideFile, ...]:
-    """The base's side files with those keys and files changed that must; ``dtype`` is a format code or None."""
+    """The base's side files with those keys and files changed that must.
+
+    ``config`` holds the keys of the config that change, ``dtype`` is a format code or None.
+    """
     files = {name: copied(name, path) for name, path in checkpoint.side_files.items()}
     theirs = _adapters_tokenizer(adapters, tokenizer)
     if theirs:
         files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES}
         files |= {name: copied(name, path) for name, path in theirs.items()}
+    changed = {**checkpoint.config, **config}
     if dtype is not None:
-        config = _with_dtype(checkpoint.config, NAMES[dtype])
-        if config != checkpoint.config:
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            files["config.json"] = written("config.json", text)
+        changed = _with_dtype(changed, NAMES[dtype])
+    if changed != checkpoint.config:
+        files["config.json"] = written("config.json", json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
     if index is not None:
         files[index.name] = index
     return tuple(files[name] for name in sorted(files))

@@ -347,6 +347,22 @@ def test_whatever_changes_the_result_changes_the_plan_s_hash(tmp_path: Path, cha
     assert changed.hash != plain.hash
 
 
+def test_a_lower_precision_that_the_host_program_chose_changes_no_byte_and_stays_chosen(tmp_path: Path) -> None:
+    base = bases(LARGE, torch.float32)
+    folder = write_base(tmp_path / "base", base, sizes=LARGE, dtype="float32")
+    lora = write_adapter(tmp_path / "adapter", base, rank=512, ratio=1.0, targets=("up_proj",))
+    lorasmith.merge(folder, lora.folder, tmp_path / "wanted")
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            lorasmith.merge(folder, lora.folder, tmp_path / precision)
+            assert torch.get_float32_matmul_precision() == precision
+            assert tree(tmp_path / precision) == tree(tmp_path / "wanted")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # ------------------------------------------------------------------------------------------------------- shards
 
 

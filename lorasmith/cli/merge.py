@@ -49,13 +49,15 @@ class Place(click.ParamType):  # type: ignore[type-arg]
     show_default=True,
     help="The result's floating-point tensors.",
 )
-@click.option("--device", default="cpu", show_default=True, help="What computes; only cpu so far.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that compute.  [default: usable processors]")
+@click.option("--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="What computes.")
+@click.option("--threads", type=click.IntRange(min=1), help="That compute or feed a GPU.  [default: by processors]")
 @click.option("--memory", type=Size(), default="128MiB", show_default=True, help="Buffers, beside Python and torch.")
 @click.option("--max-shard-size", type=Size(), help="Cut the result into shards of at most this size, like 5GB.")
 @click.option("--tokenizer", type=click.Choice(["base", "adapter"]), help="Whose.  [default: the adapter's if any]")
 @click.option("--allow-unmatched", is_flag=True, help="Leave out adapter tensors that fit nothing in the base.")
 @click.option("--allow-overflow", is_flag=True, help="Clip values too large for the output dtype.")
+@click.option("--architecture", metavar="NAME", help="The result's class, if an adapter brings layers of another one.")
+@click.option("--base-is-residual", is_flag=True, help="The base is the one that PiSSA, OLoRA and the like have left.")
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @output_options

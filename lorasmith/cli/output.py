@@ -211,6 +211,7 @@ def _tensors(facts: Plan | MergeReport) -> str:
     counts = [
         (facts.tensors_merged, "merged"),
         (facts.tensors_replaced, "replaced"),
+        (facts.tensors_added, "added"),
         (facts.tensors_converted, f"converted to {facts.dtype}"),
         (facts.tensors_copied, "copied"),
     ]

@@ -32,7 +32,8 @@ class OpenDelta(Protocol):
     def add_to(self, acc: torch.Tensor, w0: torch.Tensor | None, rows: slice, factor: float) -> None:
         """Add ``factor · ΔW[rows]`` to ``acc`` (float32 or float64, shape (rows, columns)).
 
-        ``w0`` holds the base's rows in the dtype of ``acc``; it is None unless the delta needs the base.
+        ``w0`` holds the base's rows in the dtype of ``acc``; it is None unless the delta needs the base. Both may be
+        on a GPU; what was read is not, and is brought there (``low_rank.beside``).
         """
 
 
@@ -48,11 +49,11 @@ class Delta(Protocol):
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied with; 1 where there is none."""
+        """What the product of the factors, or what is added, is multiplied with; 1 where there is neither."""
 
     @property
     def kind(self) -> str:
-        """What users call it: LoRA, DoRA, replacement."""
+        """What users call it: LoRA, DoRA, addition, replacement."""
 
     @property
     def alignment(self) -> int: ...

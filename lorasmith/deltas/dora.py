@@ -2,15 +2,16 @@
 
 Liu et al. 2024, arXiv:2402.09353, equation 5, as PEFT stores it (``DoraLinearLayer``): one magnitude per output,
 ``W' = m / ‖W0 + s·B·A‖ · (W0 + s·B·A)``, the norm running over the inputs. A weight stored as (out, in) has its
-norms within rows; stored as (in, out), as GPT-2's Conv1D is, the norms of its columns take a pass of their own.
+norms within rows, and so has a convolution's, seen as (out, in·k); stored as (in, out), as GPT-2's Conv1D is, the
+norms of its columns take a pass of their own. So they do in an embedding, whose outputs are its columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasmith.deltas.low_rank import Factor, LowRank
+from lorasmith.deltas.low_rank import Factor, LowRank, beside
 from lorasmith.safefile import Reader, TensorEntry
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Dora:
 
     def memory(self, block_rows: int) -> int:
         rows, columns = self.shape
-        return self.direction.memory(block_rows) + 4 * (2 * min(block_rows, rows) * columns + 4 * max(rows, columns))
+        return self.direction.memory(block_rows) + 4 * (2 * min(block_rows, rows) * columns + 8 * max(rows, columns))
 
     def open(self, dtype: torch.dtype, blocks: Blocks) -> OpenDelta:
         return _OpenDora(self, dtype, blocks)
@@ -67,7 +68,8 @@ class _OpenDora:
         reader = Reader(delta.magnitude.file)
         try:
             outputs = delta.shape[1] if delta.by_column else delta.shape[0]
-            self._magnitude = Factor(delta.magnitude).read(reader, slice(0, outputs), dtype)
+            magnitude = Factor(replace(delta.magnitude, shape=(outputs,)))  # PEFT has (1, out, 1, 1) for a convolution
+            self._magnitude = magnitude.read(reader, slice(0, outputs), dtype)
         finally:
             reader.close()
         self._ratios = self._column_ratios(blocks) if delta.by_column else None
@@ -77,7 +79,7 @@ class _OpenDora:
 
         squares = torch.zeros(len(self._magnitude), dtype=torch.float64)
         for rows, w0 in blocks():
-            squares += self._adapted(w0, rows).square_().sum(dim=0)
+            squares += self._adapted(w0, rows).square_().sum(dim=0).cpu()
         return self._magnitude.t() / squares.sqrt().to(self._magnitude.dtype)
 
     def _adapted(self, w0: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -90,5 +92,5 @@ class _OpenDora:
         adapted = self._adapted(w0, rows)
         ratios = self._ratios
         if ratios is None:
-            ratios = self._magnitude[rows] / adapted.norm(dim=1, keepdim=True)
-        acc.add_(adapted.mul_(ratios).sub_(w0), alpha=factor)
+            ratios = beside(self._magnitude[rows], acc) / adapted.norm(dim=1, keepdim=True)
+        acc.add_(adapted.mul_(beside(ratios, acc)).sub_(w0), alpha=factor)

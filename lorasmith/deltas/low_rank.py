@@ -3,6 +3,10 @@
 LoRA (Hu et al. 2021, arXiv:2106.09685, equation 3) is ``ΔW = s·B·A`` with ``s = α/r``; rank-stabilised LoRA
 (Kalajdzievski 2023, arXiv:2312.03732) has ``s = α/√r``. Products on one weight are added by stacking factors:
 ``[c₁L₁ c₂L₂] · [R₁; R₂]``, one matrix product of rank Σrᵢ. The coefficient is multiplied into the left rows.
+
+A convolution is a product, too, on its weight seen as (out, in·k). Of a grouped one, (out, in/g·k), every block of
+rows has inputs of its own: ``block_diag(B₁ … B_g) · [A₁₁; …; A_gg]``, where A_jj is what rank block j has for the
+inputs of group j. BD-LoRA, where A or B is ``block_diag`` of what is stored, has the same two arrangements.
 """
 
 from __future__ import annotations
@@ -21,21 +25,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Factor:
-    """A stored matrix, read by rows; ``flipped`` reads its transpose."""
+    """A stored matrix, read by rows; ``flipped`` reads its transpose.
+
+    ``spread`` says that the stored rows are that many blocks, which lie on the diagonal of the matrix and have zeros
+    beside them. ``diagonal`` is the way back: of as many blocks of rows as of columns, the matrix has only those on
+    the diagonal, one below the other.
+    """
 
     entry: TensorEntry
     flipped: bool = False
+    spread: int = 1
+    diagonal: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.entry.matrix
+        rows, columns = self._unflipped
         return (columns, rows) if self.flipped else (rows, columns)
+
+    @property
+    def _unflipped(self) -> tuple[int, int]:
+        rows, columns = self.entry.matrix
+        return rows, columns * self.spread // self.diagonal
+
+    @property
+    def _blocks(self) -> int:
+        return max(self.spread, self.diagonal)
 
     def transposed(self) -> Factor:
         return replace(self, flipped=not self.flipped)
 
+    def memory(self, rows: int) -> int:
+        """Bytes that reading so many rows takes, the result among them, for a result of 4 bytes an element."""
+        height, width = self.entry.matrix
+        size, result = itemsize(self.entry.dtype), 4 * rows * self.shape[1]
+        if self._blocks == 1:
+            return rows * self.shape[1] * size + result * (2 if self.flipped else 1)
+        if self.flipped:
+            return height * width * (size + 4) + 4 * height * self._unflipped[1] + result
+        return rows * width * (size + 4) + result
+
     def read(self, reader: Reader, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the matrix as a contiguous tensor of ``dtype``."""
+        if self._blocks > 1:
+            return self._arranged(reader, rows, dtype)
         if not self.flipped:
             return self._stored(reader, rows.start, rows.stop).to(dtype)
         stored_rows, _ = self.entry.matrix
@@ -47,6 +79,23 @@ class Factor:
         else:
             self._columns(reader, block, rows.start)
         return block.t().to(dtype).contiguous()
+
+    def _arranged(self, reader: Reader, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of a matrix whose blocks are not where they are stored."""
+        import torch
+
+        (height, width), columns = self.entry.matrix, self._unflipped[1]
+        first, last = (0, height) if self.flipped else (rows.start, rows.stop)
+        stored = self._stored(reader, first, last).to(dtype)
+        matrix = torch.zeros(last - first, columns, dtype=dtype)
+        step = height // self._blocks
+        for block in range(first // step, -(-last // step)):
+            here = slice(max(first, block * step) - first, min(last, (block + 1) * step) - first)
+            if self.spread > 1:
+                matrix[here, block * width : (block + 1) * width] = stored[here]
+            else:
+                matrix[here] = stored[here, block * columns : (block + 1) * columns]
+        return matrix[:, rows].t().contiguous() if self.flipped else matrix
 
     def _stored(self, reader: Reader, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -68,6 +117,11 @@ def read_tensor(reader: Reader, tensor: torch.Tensor, offset: int) -> None:
 
     if tensor.numel():
         reader.into(tensor.view(-1).view(torch.uint8).numpy().data, offset)
+
+
+def beside(tensor: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device of ``acc``; what lies in pinned memory a GPU fetches while its thread goes on."""
+    return tensor.pin_memory().to(acc.device, non_blocking=True) if acc.is_cuda and not tensor.is_cuda else tensor
 
 
 @dataclass(frozen=True)
@@ -119,8 +173,11 @@ class LowRank:
 
     def memory(self, block_rows: int) -> int:
         rows, columns = self.shape
-        largest = max(factor.entry.nbytes for one in self.products for factor in (one.right,))
-        return 4 * self.rank * (2 * columns + 3 * min(block_rows, rows)) + largest
+        height = min(block_rows, rows)
+        right = max(one.right.memory(one.right.shape[0]) for one in self.products)
+        left = max(one.left.memory(height) for one in self.products)
+        copies = 1 if len(self.products) == 1 else 2
+        return 4 * self.rank * copies * (columns + height) + max(right, left)
 
     def open(self, dtype: torch.dtype, blocks: Blocks) -> OpenDelta:
         return _OpenLowRank(self, dtype)
@@ -150,7 +207,8 @@ class _OpenLowRank:
         self._right = torch.cat(rights) if len(rights) > 1 else rights[0]
 
     def add_to(self, acc: torch.Tensor, w0: torch.Tensor | None, rows: slice, factor: float) -> None:
-        acc.addmm_(self._left(rows, factor), self._right)
+        self._right = beside(self._right, acc)
+        acc.addmm_(beside(self._left(rows, factor), acc), self._right)
 
     def _left(self, rows: slice, factor: float) -> torch.Tensor:
         import torch

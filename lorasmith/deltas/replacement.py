@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorasmith.deltas.low_rank import Factor
+from lorasmith.deltas.low_rank import Factor, beside
+from lorasmith.deltas.token_rows import replace_rows
 from lorasmith.safefile import Reader, TensorEntry
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Replacement:
 
     def memory(self, block_rows: int) -> int:
         rows, columns = self.shape
-        return 12 * min(block_rows, rows) * columns
+        height = min(block_rows, rows)
+        return Factor(self.new).memory(height) + 4 * height * columns
 
     def open(self, dtype: torch.dtype, blocks: Blocks) -> OpenDelta:
         return _OpenReplacement(self, dtype)
@@ -57,7 +59,7 @@ class _OpenReplacement:
 
     def add_to(self, acc: torch.Tensor, w0: torch.Tensor | None, rows: slice, factor: float) -> None:
         assert w0 is not None
-        acc.add_(self._new.read(self._reader, rows, self._dtype).sub_(w0), alpha=factor)
+        replace_rows(acc, w0, beside(self._new.read(self._reader, rows, self._dtype), acc), factor)
 
     def __del__(self) -> None:
         if hasattr(self, "_reader"):

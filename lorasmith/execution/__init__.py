@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
 from lorasmith.execution.blocks import WRITERS, Budget, Task, tasks
+from lorasmith.execution.device import DeviceWorker, full_precision
 from lorasmith.execution.transfer import copy
 from lorasmith.execution.worker import Filled, Worker
 from lorasmith.execution.workplace import Workplace
@@ -34,8 +35,14 @@ POLL = 0.1
 """Seconds between two progress events, and the longest a Ctrl-C waits to be noticed."""
 
 
-def default_threads() -> int:
-    """As many as the processors this process may use."""
+FEEDERS = 4
+"""Threads that feed a GPU, at most: what one reads in the meantime is more than a disk takes."""
+
+
+def default_threads(device: str = "cpu") -> int:
+    """As many as the processors this process may use; for a GPU a few do."""
+    if device != "cpu":
+        return min(FEEDERS, default_threads())
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -126,12 +133,13 @@ class _Work:
         """Fill panels until no arithmetic is left or something failed."""
         try:
             _switch_off_torch_threads()
-            worker = Worker(self._readers, allow_overflow=self._plan.allow_overflow)
-            while (taken := self._next_arithmetic()) is not None:
-                filled = worker.fill(*taken)
-                with self._changed:
-                    self._filled.append(filled)
-                    self._changed.notify_all()
+            worker = _worker(self._plan, self._readers)
+            with full_precision("cpu") if self._plan.device == "cpu" else contextlib.nullcontext():
+                while (taken := self._next_arithmetic()) is not None:
+                    filled = worker.fill(*taken)
+                    with self._changed:
+                        self._filled.append(filled)
+                        self._changed.notify_all()
         except BaseException as error:  # handed to the caller's thread
             self._fail(error)
 
@@ -221,6 +229,12 @@ class _Work:
         """Raise what went wrong in any thread."""
         if self._error is not None:
             raise self._error
+
+
+def _worker(plan: Plan, readers: Mapping[str, Reader]) -> Worker:
+    if plan.device == "cpu":
+        return Worker(readers, allow_overflow=plan.allow_overflow)
+    return DeviceWorker(readers, plan.device, allow_overflow=plan.allow_overflow)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ BLOCK_ELEMENTS = 1 << 19
 PANELS = tuple(1 << exponent for exponent in range(23, 15, -1))
 """Panel sizes tried, largest first, in bytes. Beyond 8 MiB nothing is gained."""
 
+IN_FLIGHT = 2
+"""Blocks a feeding thread has under way on a device."""
 
 WRITERS = 2
 """Threads that write; the disk is slower with one, and no faster with more."""
@@ -39,7 +41,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Budget:
-    """``threads`` that compute, and ``panels`` of ``panel`` bytes that go round; ``nbytes`` is all they take."""
+    """``threads`` that compute (or feed a GPU), ``panels`` of ``panel`` bytes that go round; ``nbytes`` in all."""
 
     threads: int
     panels: int
@@ -95,7 +97,8 @@ def fit(plan: Plan, memory: int, threads: int) -> Budget:
     Raises BudgetTooSmall with the smallest budget that works.
     """
     steps = [step for output in plan.outputs for step in output.steps if isinstance(step, Convert)]
-    each = max((_block_bytes(step) for step in steps), default=0)
+    one_thread = _block_bytes if plan.device == "cpu" else _feeding_bytes
+    each = max((one_thread(step) for step in steps), default=0)
     smallest = max((block_rows(step) * grid(step)[1] * itemsize(step.dtype) for step in steps), default=0)
     sizes = list(dict.fromkeys(max(size, smallest) for size in PANELS))
     shapes = [(count, count + WRITERS, size) for count in range(threads, 0, -1) for size in sizes]
@@ -121,3 +124,15 @@ def _block_bytes(step: Convert) -> int:
         if any(term.delta.needs_base for term in step.terms):
             total += elements * wide
     return total
+
+
+def _feeding_bytes(step: Convert) -> int:
+    """Bytes of the computer's memory that one thread needs to feed a device with a step, its panel apart.
+
+    torch rounds pinned memory up to powers of two and keeps what has become too small; factors go through it as well.
+    """
+    height = block_rows(step)
+    elements = height * grid(step)[1]
+    read, result = (2 << (elements * itemsize(code) - 1).bit_length() for code in (step.entry.dtype, step.dtype))
+    deltas = sum(term.delta.memory(height) for term in step.terms) if isinstance(step, Merge) else 0
+    return IN_FLIGHT * (read + result) + read + 2 * deltas * (2 if step.entry.dtype == "F64" else 1)

@@ -134,7 +134,5 @@ def free_space(out: str) -> int:
 
 
 def _held(folder: str) -> int:
-    if not hasattr(os, "statvfs"):
-        return 0
     files = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
-    return sum(os.lstat(file).st_blocks * 512 for file in files)
+    return sum(getattr(os.lstat(file), "st_blocks", 0) * 512 for file in files)

@@ -83,7 +83,10 @@ class Journal:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Close the file; once is enough."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _tell(past: Past, line: bytes) -> Past | None:

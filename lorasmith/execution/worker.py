@@ -11,7 +11,7 @@ from lorasmith.deltas.low_rank import LowRank, read_tensor, stack
 from lorasmith.dtypes import itemsize, torch_dtype
 from lorasmith.execution.blocks import Task, block_rows, blocks, grid
 from lorasmith.records import Convert, Merge, Term
-from lorasmith.rounding import SAMPLE_EVERY, SAMPLED_ROWS, Sample, round_into, sample
+from lorasmith.rounding import SAMPLE_EVERY, SAMPLED_ROWS, Sample, measure, round_into
 from lorasmith.safefile import PAGE, AlignedBuffer, Reader
 
 if TYPE_CHECKING:
@@ -30,13 +30,34 @@ class Filled:
     samples: tuple[Sample, ...] = ()
 
 
+class Scratch:
+    """Memory that is used again and again: fresh pages would cost more than the arithmetic."""
+
+    def __init__(self, device: str = "cpu", *, pinned: bool = False) -> None:
+        self._device = device
+        self._pinned = pinned
+        self._memory: dict[str, torch.Tensor] = {}
+
+    def take(self, use: str, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+        """A matrix in the memory for this use, with whatever it held before."""
+        import torch
+
+        nbytes = rows * columns * dtype.itemsize
+        memory = self._memory.get(use)
+        if memory is None or len(memory) < nbytes:
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
+            self._memory[use] = memory
+        return memory[:nbytes].view(dtype).view(rows, columns)
+
+
 class Worker:
     """Computes tasks one after the other; every computing thread has its own."""
 
     def __init__(self, readers: Mapping[str, Reader], *, allow_overflow: bool) -> None:
         self._readers = readers
         self._allow_overflow = allow_overflow
-        self._scratch: dict[str, torch.Tensor] = {}
+        self._device = "cpu"
+        self._host = self._scratch = Scratch()
         self._opened_step: Merge | None = None
         self._opened: list[tuple[OpenDelta, float]] = []
         self._samples: list[Sample] = []
@@ -50,39 +71,55 @@ class Worker:
         place = offset % PAGE if offset % size == 0 else 0
         out = _panel_tensor(panel, step.dtype, place, task.stop - task.start, columns)
         self._samples = []
+        if isinstance(step, Merge):
+            self._open(step)  # before a block is read: what walks over the whole weight uses the same memory
         for rows in blocks(step, task.start, task.stop):
             self._block(step, rows, out[rows.start - task.start : rows.stop - task.start])
+        self._settle()
         return Filled(task, panel, place, nbytes, offset, tuple(self._samples))
 
     def _block(self, step: Convert, rows: slice, out: torch.Tensor) -> None:
-        if isinstance(step, Merge):
-            self._open(step)  # before the block is read: what walks over the whole weight uses the same memory
         stored = self._read_rows(step, rows)
-        acc = self._buffer("acc", self._sum_dtype(step), *stored.shape).copy_(stored)
+        acc = self._sum(step, stored, rows)
+        round_into(out, acc, stored, step.name, step.dtype, saturate=self._allow_overflow)
+        if is_sampled(step, rows):
+            self._note(step, rows, out, self._measure(step, rows, out, stored).tolist())
+
+    def _settle(self) -> None:
+        """Wait for blocks that are still under way; here there are none."""
+
+    def _sum(self, step: Convert, stored: torch.Tensor, rows: slice, use: str = "acc") -> torch.Tensor:
+        """The base's rows with every term added to them, in memory that is used again."""
+        acc = self._scratch.take(use, self._sum_dtype(step), *stored.shape).copy_(stored)
         if isinstance(step, Merge):
             self._add(step, acc, acc, rows)
-        name = step.entry.name
-        round_into(out, acc, stored, name, step.dtype, saturate=self._allow_overflow)
-        number = rows.start // block_rows(step)
-        if isinstance(step, Merge) and number % SAMPLE_EVERY == 0:
-            self._sample(step, number, rows, out, stored)
+        return acc
 
     def _add(self, step: Merge, acc: torch.Tensor, base: torch.Tensor, rows: slice) -> None:
-        """Add every term to ``acc``; ``base`` holds the base's rows (it may be ``acc`` itself)."""
+        """Add every term to ``acc`` and apply the gain; ``base`` holds the base's rows (it may be ``acc`` itself)."""
         needed = any(term.delta.needs_base for term in step.terms)
-        w0 = self._buffer("w0", acc.dtype, *base.shape).copy_(base) if needed else None
+        w0 = self._scratch.take("w0", acc.dtype, *base.shape).copy_(base) if needed else None
         for opened, factor in self._opened:
             opened.add_to(acc, w0, rows, factor)
+        if step.gain != 1:
+            acc.mul_(step.gain)
 
-    def _sample(self, step: Merge, number: int, rows: slice, out: torch.Tensor, stored: torch.Tensor) -> None:
+    def _measure(self, step: Convert, rows: slice, out: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """The sums of a sample of a block, given the block's result and the base's rows."""
         import torch
 
+        assert isinstance(step, Merge)
         few = slice(rows.start, min(rows.stop, rows.start + SAMPLED_ROWS))
         height = few.stop - few.start
         base = stored[:height].to(self._sum_dtype(step))
         delta = torch.zeros_like(base)
         self._add(step, delta, base, few)
-        self._samples.append(sample(step.entry.name, number, out[:height], base, delta))
+        return measure(out[:height], base.mul_(step.gain), delta)
+
+    def _note(self, step: Convert, rows: slice, out: torch.Tensor, sums: list[float]) -> None:
+        projection, delta, base = sums
+        number, elements = rows.start // block_rows(step), out[:SAMPLED_ROWS].numel()
+        self._samples.append(Sample(step.name, number, projection, delta, base, elements))
 
     def _open(self, step: Merge) -> None:
         """Open the step's deltas and keep them until another step comes."""
@@ -93,29 +130,24 @@ class Worker:
 
         def base() -> Iterator[tuple[slice, torch.Tensor]]:
             for rows in blocks(step, 0, grid(step)[0]):
-                yield rows, self._read_rows(step, rows).to(dtype)
+                yield rows, self._read_rows(step, rows).to(self._device, dtype)
 
         self._opened = [(term.delta.open(dtype, base), term.factor) for term in _stacked(step.terms)]
         self._opened_step = step
 
-    def _read_rows(self, step: Convert, rows: slice) -> torch.Tensor:
+    def _read_rows(self, step: Convert, rows: slice, use: str = "stored") -> torch.Tensor:
         entry, columns = step.entry, grid(step)[1]
-        stored = self._buffer("stored", torch_dtype(entry.dtype), rows.stop - rows.start, columns)
+        stored = self._host.take(use, torch_dtype(entry.dtype), rows.stop - rows.start, columns)
         read_tensor(self._readers[entry.file], stored, entry.start + rows.start * columns * itemsize(entry.dtype))
         return stored
 
     def _sum_dtype(self, step: Convert) -> torch.dtype:
         return torch_dtype("F64" if step.entry.dtype == "F64" else "F32")
 
-    def _buffer(self, use: str, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
-        """Memory that is used again and again: fresh pages would cost more than the arithmetic."""
-        import torch
 
-        nbytes = rows * columns * dtype.itemsize
-        memory = self._scratch.get(use)
-        if memory is None or len(memory) < nbytes:
-            memory = self._scratch[use] = torch.empty(nbytes, dtype=torch.uint8)
-        return memory[:nbytes].view(dtype).view(rows, columns)
+def is_sampled(step: Convert, rows: slice) -> bool:
+    """Whether a block's survival is measured."""
+    return isinstance(step, Merge) and bool(step.terms) and rows.start // block_rows(step) % SAMPLE_EVERY == 0
 
 
 def _panel_tensor(panel: AlignedBuffer, dtype: str, start: int, rows: int, columns: int) -> torch.Tensor:

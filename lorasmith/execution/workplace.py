@@ -182,6 +182,8 @@ class Workplace:
         """Remove the partial folder."""
         remove(self._result)
         remove(self._replaced)
+        if os.name == "nt":  # where nothing can be removed that is open
+            self._journal.close()
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self._folder, JOURNAL))
             os.rmdir(self._folder)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from typing import Protocol
 
 from lorasmith.adapter import Adapter
 from lorasmith.checkpoint import names_in, require_path
 from lorasmith.errors import AdapterMismatch, BadFile, MissingFile, Unsupported, listed
 from lorasmith.formats import peft
-from lorasmith.safefile import Header, read_header
+from lorasmith.safefile import Header
+from lorasmith.weightfile import read_weights
 
 
 class Dialect(Protocol):
@@ -41,12 +43,13 @@ def read_adapter(path: str) -> Adapter:
     """
     require_path(path)
     file = _adapter_file(path) if os.path.isdir(path) else path
-    header = read_header(file)
+    header, notes = read_weights(file)
     if not header.entries:
         raise BadFile(f"{file} holds no tensors at all")
     for dialect in FORMATS.values():
         if dialect.recognises(path, header):
-            return dialect.read(path, header)
+            adapter = dialect.read(path, header)
+            return replace(adapter, notes=(*notes, *adapter.notes))
     raise _unrecognised(header)
 
 
@@ -55,10 +58,7 @@ def _adapter_file(folder: str) -> str:
     if "adapter_model.safetensors" in names:
         return os.path.join(folder, "adapter_model.safetensors")
     if "adapter_model.bin" in names:
-        raise Unsupported(
-            f"{folder} holds a pickled adapter (adapter_model.bin), which is not supported yet; "
-            "load it with PEFT and save it again as safetensors"
-        )
+        return os.path.join(folder, "adapter_model.bin")
     inner = [name for name in names if os.path.isfile(os.path.join(folder, name, "adapter_model.safetensors"))]
     if inner:
         raise MissingFile(

@@ -7,6 +7,7 @@ torch.compile, DDP and FSDP leave in module paths; all of these mean the same mo
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,16 +16,17 @@ from typing import Any
 from lorasmith.adapter import Adapter, ModuleDelta, digest
 from lorasmith.checkpoint import TOKENIZER_FILES
 from lorasmith.deltas.replacement import Replacement
+from lorasmith.deltas.token_rows import TokenRows
 from lorasmith.dtypes import FLOATS
 from lorasmith.errors import AdapterMismatch, BadFile, Unsupported, listed
-from lorasmith.formats.factors import Parts, is_embedding, read_delta
+from lorasmith.formats.factors import BIAS, Parts, read_modules
 from lorasmith.formats.scales import Scales
 from lorasmith.safefile import Header, TensorEntry, parse_json, read_json
 
 ROLES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_ROLE = re.compile(rf"^(?P<module>.*?)\.?\b(?P<role>{'|'.join(ROLES)})(?P<rest>(?:\.[^.]+)*)$")
+_ROLE = re.compile(rf"^(?P<module>.*?)\.?\b(?P<role>{'|'.join(ROLES)})(?P<rest>(?:\.[^.]+){{0,3}})$")
 
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base: an unconverted adapter is relative to that changed base."""
@@ -34,12 +36,7 @@ REFUSED_OPTIONS = {
     "alora_invocation_tokens": "aLoRA (active only after its invocation tokens, so it cannot be merged)",
     "arrow_config": "Arrow routing (chosen per token, so it cannot be merged)",
     "kasa_config": "KaSA",
-    "use_bdlora": "BD-LoRA",
-    "layer_replication": "layer_replication",
     "target_parameters": "target_parameters (expert weights)",
-    "trainable_token_indices": "trainable_token_indices",
-    "modules_to_save": "modules_to_save",
-    "lora_bias": "lora_bias",
     "megatron_config": "Megatron parallel layers",
     "lora_B_layout": "Unsloth's expert layout",
 }
@@ -47,12 +44,14 @@ REFUSED_OPTIONS = {
 
 KNOWN_OPTIONS = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layer_replication",
+    "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
     "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora",
+    "use_rslora",
     "velora_config", "inner_lora_dropout", "train_mlp", "train_attn", "train_unembed", "merge_weights",
-    "enable_lora",
+    "enable_lora", "lora_bias", "use_bdlora",
 )) | frozenset(REFUSED_OPTIONS)  # fmt: skip
 
 
@@ -69,14 +68,12 @@ def read(path: str, header: Header) -> Adapter:
     config, config_source = _config(path, header)
     where = config_source or header.file
     _refuse_options(where, config)
-    modules, replacements, ignored = _sort_tensors(header)
+    modules, others, ignored = _sort_tensors(header)
     _require_magnitudes(where, config, modules)
     scales = Scales(where, config, known=config_source is not None)
-    deltas = [
-        ModuleDelta(module, "weight", read_delta(header.file, module, parts, scales), parts.names, is_embedding(parts))
-        for module, parts in modules.items()
-    ]
-    deltas += replacements
+    deltas = list(read_modules(header.file, where, modules, scales, config))
+    whole = [_replacement(config, name, entry) for name, entry in others.items()]
+    deltas += sorted(whole, key=lambda one: not one.shared)
     names_base = config.get("base_model_name_or_path")
     flag = config.get("fan_in_fan_out")
     return Adapter(
@@ -89,9 +86,9 @@ def read(path: str, header: Header) -> Adapter:
         names_base=names_base if isinstance(names_base, str) and names_base else None,
         fan_in_fan_out=flag if isinstance(flag, bool) else None,
         scale_assumed=scales.assumed,
+        residual=_residual(config),
         side_files=_side_files(path),
-        notes=_notes(where, config),
-        warnings=scales.unsure,
+        warnings=(*scales.unsure, *_unknown(where, config)),
     )
 
 
@@ -103,20 +100,23 @@ def clean_names(names: Iterable[str]) -> dict[str, str]:
     """
     originals = list(names)
     paths = [[part for part in name.split(".") if part not in _WRAPPERS] for name in originals]
-    while _all_begin(paths, "module"):
-        paths = [parts[1:] for parts in paths]
-    if _all_begin(paths, "base_model"):
-        paths = [parts[1:] for parts in paths]
-        if _all_begin(paths, "model"):
-            paths = [parts[1:] for parts in paths]
-    while _all_begin(paths, "module"):
-        paths = [parts[1:] for parts in paths]
-    return {name: ".".join(parts) for name, parts in zip(originals, paths, strict=True)}
+    first = 0
+    while _all_have(paths, first, "module"):
+        first += 1
+    if _all_have(paths, first, "base_model"):
+        first += 1
+        if _all_have(paths, first, "model"):
+            first += 1
+    while _all_have(paths, first, "module"):
+        first += 1
+    return {name: ".".join(parts[first:]) for name, parts in zip(originals, paths, strict=True)}
 
 
-def _all_begin(paths: list[list[str]], word: str) -> bool:
-    """Whether all paths begin with a word that isn't the whole path of the layer that a factor is for."""
-    return bool(paths) and all(parts[:1] == [word] and parts[1:] and parts[1] not in ROLES for parts in paths)
+def _all_have(paths: list[list[str]], at: int, word: str) -> bool:
+    """Whether all paths have a word at a place and it isn't the end of the path of the layer that a factor is for."""
+    return bool(paths) and all(
+        len(parts) > at + 1 and parts[at] == word and parts[at + 1] not in ROLES for parts in paths
+    )
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -163,19 +163,18 @@ def _refuse_options(where: str, config: Mapping[str, Any]) -> None:
     for option, name in REFUSED_OPTIONS.items():
         if config.get(option):
             raise Unsupported(f"{where} uses {name} ({option} = {config[option]!r:.80}), which is not supported")
-    if config.get("bias", "none") != "none":
-        raise Unsupported(f"{where} trained the base's biases (bias = {config['bias']!r}), which is not supported yet")
+
+
+def _residual(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that changes the base, if the adapter had one and was not converted since."""
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS):
-        raise Unsupported(
-            f"{where} was initialised with {init}, which changes the base: its delta is against that changed base, "
-            "not against the one you have. Save it again with PEFT's path_initial_model_for_weight_conversion"
-        )
+    return init if isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS) else None
 
 
-def _notes(where: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    unknown = sorted(key for key, value in config.items() if key not in KNOWN_OPTIONS and value not in (None, False))
-    return (f"{where} sets options that lorasmith does not know and ignores: {listed(unknown)}",) if unknown else ()
+def _unknown(where: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    unknown = sorted(key for key, value in config.items() if key not in KNOWN_OPTIONS and value)
+    text = f"{where} sets options that lorasmith does not know; what they change is not in the result"
+    return (f"{text}: {listed(unknown)}",) if unknown else ()
 
 
 def _side_files(path: str) -> dict[str, str]:
@@ -189,12 +188,12 @@ def _side_files(path: str) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- tensors
 
 
-def _sort_tensors(header: Header) -> tuple[dict[str, Parts], list[ModuleDelta], list[str]]:
+def _sort_tensors(header: Header) -> tuple[dict[str, Parts], dict[str, TensorEntry], list[str]]:
+    """LoRA's tensors by module, the others by their names without marks, and the names of those to be ignored."""
     modules: dict[str, Parts] = {}
-    replacements: list[ModuleDelta] = []
+    others: dict[str, TensorEntry] = {}
     ignored: list[str] = []
     adapters: set[str] = set()
-    unknown: list[str] = []
     names = clean_names(entry.name for entry in header.entries)
     for entry in header.entries:
         name = names[entry.name]
@@ -209,31 +208,65 @@ def _sort_tensors(header: Header) -> tuple[dict[str, Parts], list[ModuleDelta], 
             parts.alpha = entry
         elif ".original_module." in name:
             ignored.append(entry.name)
-        elif name.endswith((".base_layer.weight", ".base_layer.bias")):
-            module, _, parameter = name.rpartition(".base_layer.")
-            replacement = Replacement(_float(entry))
-            replacements.append(ModuleDelta(module, parameter, replacement, (entry.name,), True))
+        elif name in others:
+            raise BadFile(f"{header.file}: {entry.name!r} and {others[name].name!r} are two names for the same tensor")
         else:
-            unknown.append(entry.name)
+            others[name] = _float(entry)
     if len(adapters) > 1:
         raise BadFile(f"{header.file} holds several adapters ({listed(sorted(adapters))}); save them one by one")
-    if unknown:
-        raise Unsupported(_describe_unknown(header.file, unknown))
-    return modules, replacements, ignored
+    return modules, others, ignored
+
+
+def _replacement(config: Mapping[str, Any], name: str, entry: TensorEntry) -> ModuleDelta:
+    """What a tensor that is stored whole stands for.
+
+    Its name is the parameter's (``modules_to_save``, ``bias``, grown embeddings), perhaps with a mark in it:
+    ``base_layer`` of a layer that has a LoRA as well, ``modules_to_save`` in state dicts, ``token_adapter`` of rows.
+    """
+    if name.endswith(".token_adapter.trainable_tokens_delta"):
+        module = name.removesuffix(".token_adapter.trainable_tokens_delta")
+        rows = TokenRows(entry, _tokens(config, module, entry), (0, math.prod(entry.shape[1:])))
+        return ModuleDelta(module, "weight", rows, (entry.name,), True, shared=True)
+    if re.search(r"(^|\.)(lora_|ia3_|hada_|lokr_|vera_|oft_|boft_|prompt_)", name) or ".token_adapter." in name:
+        raise Unsupported(
+            f"{entry.file}: tensor {entry.name!r} is of no kind that is known; it would be lost, so nothing was merged"
+        )
+    plain = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name)
+    shared = ".base_layer." in plain
+    module, _, parameter = plain.replace(".base_layer.", ".").rpartition(".")
+    saved = config.get("modules_to_save")
+    named = [one for one in saved if isinstance(one, str)] if isinstance(saved, list) else []
+    new = not config or any(one in module.split(".") or module.endswith(one) for one in named)
+    return ModuleDelta(module, parameter, Replacement(entry), (entry.name,), True, shared=shared, may_be_new=new)
+
+
+def _tokens(config: Mapping[str, Any], module: str, entry: TensorEntry) -> tuple[int, ...]:
+    """The tokens whose rows a tensor holds, in its order."""
+    wanted = config.get("trainable_token_indices")
+    if isinstance(wanted, Mapping):
+        fits = [key for key in wanted if module == key or module.endswith(f".{key}")]
+        wanted = wanted[max(fits, key=len)] if fits else None
+    if not isinstance(wanted, list) or not all(type(one) is int and one >= 0 for one in wanted):
+        raise BadFile(
+            f"{entry.file}: which tokens the rows of {entry.name!r} are for is not in the config "
+            "(trainable_token_indices); copy adapter_config.json from the training run"
+        )
+    if len(wanted) != entry.matrix[0] or len(set(wanted)) != len(wanted):
+        raise AdapterMismatch(
+            f"{entry.file}: {entry.name!r} has {entry.matrix[0]} rows for the {len(wanted)} tokens that the config "
+            "names (trainable_token_indices); the config belongs to another adapter, or names a token twice"
+        )
+    return tuple(wanted)
 
 
 def _role(entry: TensorEntry, match: re.Match[str], adapters: set[str]) -> str:
     """The role of a tensor; the adapter's name, if one is in the tensor's, goes into ``adapters``."""
     rest = [part for part in match["rest"].split(".") if part]
     leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
-    if leaf == "bias":
-        raise Unsupported(
-            f"{entry.file}: tensor {entry.name!r} is a bias on the adapter (lora_bias), which is not supported yet"
-        )
-    if len(rest) > 1:
+    if len(rest) > 1 or (leaf == "bias" and match["role"] != "lora_B"):
         raise Unsupported(f"{entry.file}: the name {entry.name!r} is not one that PEFT writes")
     adapters.update(rest)
-    return match["role"]
+    return BIAS if leaf == "bias" else match["role"]
 
 
 def _put(parts: Parts, role: str, entry: TensorEntry) -> None:
@@ -251,20 +284,6 @@ def _float(entry: TensorEntry) -> TensorEntry:
             f"{entry.file}: tensor {entry.name!r} is stored as {entry.dtype}; factors must be floating point"
         )
     return entry
-
-
-def _describe_unknown(file: str, names: list[str]) -> str:
-    kinds = {
-        ".modules_to_save.": "modules trained whole (modules_to_save)",
-        ".trainable_tokens_delta": "trained token rows (trainable_token_indices)",
-        ".lora_E": "AdaLoRA",
-        "lora_": "another kind of adapter",
-        ".weight": "modules trained whole (modules_to_save)",
-        ".bias": "trained biases",
-    }
-    what = next((kind for mark, kind in kinds.items() if any(mark in name for name in names)), None)
-    hint = f" ({what}, not supported yet)" if what else "; they would be lost, so nothing was merged"
-    return f"{file} holds {len(names)} tensors that are not LoRA factors: {listed(names)}{hint}"
 
 
 def _require_magnitudes(where: str, config: Mapping[str, Any], modules: Mapping[str, Parts]) -> None:

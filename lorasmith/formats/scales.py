@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from lorasmith.errors import AdapterMismatch, BadFile, listed
+from lorasmith.formats.patterns import Pattern, compile_pattern
 
 
 class Scales:
@@ -55,9 +55,9 @@ class Scales:
             )
         return ours / math.sqrt(rank) if self._rslora else ours / rank
 
-    def _lookup(self, patterns: Mapping[str, float], module: str) -> dict[str, float]:
+    def _lookup(self, patterns: Mapping[Pattern, float], module: str) -> dict[str, float]:
         """The patterns that match, in their order."""
-        return {key: value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)}
+        return {pattern.text: value for pattern, value in patterns.items() if pattern.matches(module)}
 
     def _doubt(self, alphas: Mapping[str, float]) -> None:
         values = [f"{pattern!r}: {value:g}" for pattern, value in alphas.items()]
@@ -73,14 +73,9 @@ class Scales:
             raise BadFile(f"{self._where}: {key} = {value!r} is not a number")
         return value
 
-    def _pattern(self, config: Mapping[str, Any], key: str) -> dict[str, float]:
+    def _pattern(self, config: Mapping[str, Any], key: str) -> dict[Pattern, float]:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             raise BadFile(f"{self._where}: {key} must map module patterns to numbers")
-        for pattern in patterns:
-            self._number(patterns, pattern, 0)
-            try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except re.error as error:
-                raise BadFile(f"{self._where}: {key} has the broken pattern {pattern!r}: {error}") from None
-        return patterns
+        where = f"{self._where}: {key}"
+        return {compile_pattern(where, pattern): self._number(patterns, pattern, 0) for pattern in patterns}

@@ -18,12 +18,6 @@ from lorasmith.errors import AdapterMismatch, listed
 from lorasmith.naming.renamings import runtime_name
 from lorasmith.safefile import TensorEntry
 
-HEADS = (
-    "lm_head", "embed_out", "proj_out", "output_projection", "decoder", "generator_lm_head", "lm_loss",
-    "vocab_projector",
-)  # fmt: skip
-"""What the layers are called that turn hidden states into logits over the vocabulary."""
-
 
 @dataclass(frozen=True)
 class Match:
@@ -33,14 +27,16 @@ class Match:
     source: ModuleDelta
 
 
-def match(adapter: Adapter, checkpoint: Checkpoint, *, allow_unmatched: bool) -> tuple[list[Match], list[ModuleDelta]]:
-    """Bind every delta of the adapter to a base tensor; also those left over, where that is allowed.
+def match(
+    adapter: Adapter, tensors: Mapping[str, TensorEntry], checkpoint: Checkpoint, *, allow_unmatched: bool
+) -> tuple[list[Match], list[ModuleDelta]]:
+    """Bind every delta of the adapter to one of the model's tensors; also those left over, where that is allowed.
 
     Raises AdapterMismatch when some find no tensor (unless ``allow_unmatched``), or when two rules fit equally.
     """
     best: dict[str, TensorEntry] = {}
     wanted = [f"{one.module}.{one.parameter}" for one in adapter.deltas]
-    for names in _namings(checkpoint):
+    for names in _namings(tensors, checkpoint):
         found = _bind(adapter, wanted, names)
         if len(found) > len(best):
             best = found
@@ -48,17 +44,17 @@ def match(adapter: Adapter, checkpoint: Checkpoint, *, allow_unmatched: bool) ->
             break
     matched = [Match(best[name], one) for name, one in zip(wanted, adapter.deltas, strict=True) if name in best]
     left = [one for name, one in zip(wanted, adapter.deltas, strict=True) if name not in best]
-    if left and not (allow_unmatched and matched):
-        raise AdapterMismatch(_describe(adapter, checkpoint, left, bool(matched)))
+    lost = [one for one in left if not one.may_be_new]
+    if lost and not (allow_unmatched and matched):
+        raise AdapterMismatch(_describe(adapter, checkpoint, lost, bool(matched)))
     return matched, left
 
 
-def _namings(checkpoint: Checkpoint) -> Iterator[dict[str, TensorEntry]]:
-    """The base's tensors by the names an adapter may know them by: as stored, then as transformers runs them."""
-    stored = {entry.name: entry for entry in checkpoint.entries}
-    yield stored
-    runtime = {runtime_name(checkpoint.config, name): entry for name, entry in stored.items()}
-    if len(runtime) == len(stored) and runtime.keys() != stored.keys():
+def _namings(tensors: Mapping[str, TensorEntry], checkpoint: Checkpoint) -> Iterator[Mapping[str, TensorEntry]]:
+    """The model's tensors by the names an adapter may know them by: as stored, then as transformers runs them."""
+    yield tensors
+    runtime = {runtime_name(checkpoint.config, name): entry for name, entry in tensors.items()}
+    if len(runtime) == len(tensors) and runtime.keys() != tensors.keys():
         yield runtime
 
 
@@ -115,10 +111,7 @@ def _describe(adapter: Adapter, checkpoint: Checkpoint, left: list[ModuleDelta],
     text = f"{adapter.path}: {len(missing)} of {total} tensors have no weight in {checkpoint.path}: {listed(missing)}. "
     if near:
         text += f"Nearest to {wanted} {'are' if len(near) > 1 else 'is'} {listed(near)}. "
-    head = left[0].module.rsplit(".", 1)[-1]
-    if head in HEADS and checkpoint.config.get("tie_word_embeddings", True):
-        text += f"The base ties its {head} to the embeddings and stores no weight for it, which is not supported yet. "
-    elif not some:
+    if not some:
         text += "The adapter was probably trained on another model. "
     if some:
         text += "Use --allow-unmatched to merge only what fits."

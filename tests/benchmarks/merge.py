@@ -225,11 +225,11 @@ def raw(base: Path, out: Path) -> Run:
     return Run(time.perf_counter() - started, 0)
 
 
-def contestants(base: Path, adapter: Path, out: Path, *, peft: bool) -> dict[str, Callable[[], Run]]:
+def contestants(base: Path, adapter: Path, out: Path, *, device: str, peft: bool) -> dict[str, Callable[[], Run]]:
     """What is timed, by its name."""
     script = Path(sys.executable).with_name("lorasmith")
     found: dict[str, Callable[[], Run]] = {
-        "lorasmith": lambda: run(script, "merge", base, adapter, "-o", out, "-q"),
+        "lorasmith": lambda: run(script, "merge", base, adapter, "-o", out, "--device", device, "-q"),
         "cp": lambda: copy(base, out),
         "raw": lambda: raw(base, out),
         "import": lambda: run(sys.executable, "-c", "import torch"),
@@ -251,9 +251,9 @@ def warm(folder: Path) -> None:
                 pass
 
 
-def measure(base: Path, adapter: Path, out: Path, rounds: int, *, peft: bool) -> dict[str, list[Run]]:
+def measure(base: Path, adapter: Path, out: Path, rounds: int, *, device: str, peft: bool) -> dict[str, list[Run]]:
     """Run every contestant once a round, each round beginning with another one."""
-    todo = contestants(base, adapter, out, peft=peft)
+    todo = contestants(base, adapter, out, device=device, peft=peft)
     results: dict[str, list[Run]] = {name: [] for name in todo}
     names = list(todo)
     for number in range(rounds):
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SHAPES), default="1b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", choices=sorted(TARGETS), default="all-linear")
+    parser.add_argument("--device", default="cpu", help="what lorasmith computes on")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT out: it takes most of the time")
     parser.add_argument("--folder", type=Path, help="where models are made, and kept")
@@ -316,8 +317,9 @@ def main() -> None:
                 maker.submit(make_base, base, shape).result()
             if not adapter.exists():
                 maker.submit(make_adapter, adapter, base, shape, options.rank, TARGETS[options.targets]).result()
-        results = measure(base, adapter, folder / "out", options.rounds, peft=not options.no_peft)
-    print(f"{machine()}; {options.size}, {options.targets}, rank {options.rank}, {options.rounds} rounds")
+        device, peft = options.device, not options.no_peft
+        results = measure(base, adapter, folder / "out", options.rounds, device=device, peft=peft)
+    print(f"{machine()}; {device}, {options.size}, {options.targets}, rank {options.rank}, {options.rounds} rounds")
     for name, runs in results.items():
         seconds = [one.seconds for one in runs]
         spread = f"({min(seconds):.2f} to {max(seconds):.2f})"

@@ -1,0 +1,296 @@
+"""Every tensor of the result that is not simply the base's: what it is read from, and what is added to it.
+
+deltas are gathered tensor by tensor; a replacement of another shape becomes what the tensor is read from
+a change of what a tied layer repeats (``shared``) goes to all that repeat it
+tied tensors that still change alike stay tied; others are stored one by one, and the config says so
+layers that the base lacks are new tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorasmith.adapter import Adapter, ModuleDelta
+from lorasmith.checkpoint import Checkpoint
+from lorasmith.deltas import Delta
+from lorasmith.deltas.replacement import Replacement
+from lorasmith.dtypes import itemsize
+from lorasmith.errors import AdapterMismatch, Unsupported, listed
+from lorasmith.naming.ties import EMBEDDINGS, HEADS, gain, layer
+from lorasmith.records import Term
+from lorasmith.safefile import TensorEntry
+from lorasmith.structure import Structure, config_changes
+
+_COMPARED = 8 << 20
+"""Bytes of two tensors that are compared at once."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One delta on one tensor of the model, turned the way that is stored."""
+
+    target: TensorEntry
+    source: ModuleDelta
+    delta: Delta
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the result: ``gain · (what is read from entry + Σ terms)``."""
+
+    name: str
+    entry: TensorEntry
+    terms: tuple[Term, ...] = ()
+    gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Tensors that change (by name), tensors that the base lacks or has too many, and the config's keys that change."""
+
+    changed: Mapping[str, Slot]
+    added: tuple[Slot, ...]
+    dropped: frozenset[str]
+    config: Mapping[str, Any]
+
+
+@dataclass
+class _Draft:
+    """What becomes of one tensor, while it is put together."""
+
+    entry: TensorEntry
+    terms: list[Term] = field(default_factory=list)
+    owner: int | None = None
+    resized: bool = False
+
+    def slot(self, name: str, gain: float = 1.0) -> Slot:
+        return Slot(name, self.entry, tuple(self.terms), gain)
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    structure: Structure,
+    adapters: Sequence[tuple[Adapter, float]],
+    bound: Sequence[Sequence[Bound]],
+    heads: Sequence[Sequence[ModuleDelta]],
+) -> Assembly:
+    """Put the deltas of all adapters (``bound``) and their new layers (``heads``) together.
+
+    Raises AdapterMismatch or Unsupported for changes that exclude each other or that the result could not express.
+    """
+    drafts: dict[str, _Draft] = {}
+    _resize(structure, adapters, bound, drafts)
+    _gather(structure, adapters, bound, drafts)
+    loose = _settle_ties(structure, drafts)
+    if loose and not checkpoint.config:
+        raise Unsupported(
+            f"the adapter changes {listed(sorted(loose))}, which the model may tie to another layer, and "
+            f"{checkpoint.path} has no config.json beside it that could say so; put the model's config there"
+        )
+    new = _new_layers(structure, adapters, heads)
+    stored = {entry.name for entry in checkpoint.entries}
+    gains = {name: gain(checkpoint.config) for name in loose if layer(name) in HEADS}
+    added = [name for name in structure.tensors if name not in stored and (name in loose or name not in structure.ties)]
+    slots = {name: drafts.get(name, _Draft(structure.tensors[name])).slot(name, gains.get(name, 1.0)) for name in added}
+    changed = {name: draft.slot(name) for name, draft in drafts.items() if name in stored}
+    return Assembly(
+        changed={**_moved(checkpoint, structure), **changed},
+        added=(*slots.values(), *new),
+        dropped=frozenset(stored - structure.tensors.keys()),
+        config=config_changes(
+            checkpoint,
+            structure,
+            untied=bool(loose),
+            rows=_require_equal_rows(structure, drafts, loose),
+            heads={slot.name: slot.entry.shape[0] for slot in new if slot.entry.shape},
+        ),
+    )
+
+
+def _moved(checkpoint: Checkpoint, structure: Structure) -> dict[str, Slot]:
+    """Tensors of the base in whose place the model has a copy of another layer."""
+    if structure.layer_map is None:
+        return {}
+    pairs = ((entry, structure.tensors.get(entry.name)) for entry in checkpoint.entries)
+    return {entry.name: Slot(entry.name, now) for entry, now in pairs if now is not None and now != entry}
+
+
+# ------------------------------------------------------------------------------------------------------- deltas
+
+
+def _resize(
+    structure: Structure,
+    adapters: Sequence[tuple[Adapter, float]],
+    bound: Sequence[Sequence[Bound]],
+    drafts: dict[str, _Draft],
+) -> None:
+    """Let tensors whose replacement has another number of rows be read from it."""
+    for position, ((adapter, weight), some) in enumerate(zip(adapters, bound, strict=True)):
+        for one in some:
+            new = one.delta.new if isinstance(one.delta, Replacement) else None
+            if new is None or new.shape == one.target.shape:
+                continue
+            if weight != 1:
+                raise AdapterMismatch(
+                    f"{adapter.path}: {new.name!r} has {new.shape[0]} rows and {one.target.name!r} has "
+                    f"{one.target.shape[0]}; what changes a shape must have the weight 1, not {weight:g}"
+                )
+            for name in structure.group(one.target.name) if one.source.shared else (one.target.name,):
+                draft = drafts.setdefault(name, _Draft(new, owner=position, resized=True))
+                if draft.owner != position:
+                    raise AdapterMismatch(
+                        f"{adapter.path} and {adapters[draft.owner or 0][0].path} both give {name!r} a new shape; "
+                        "merge them one by one"
+                    )
+                draft.entry = new
+
+
+def _gather(
+    structure: Structure,
+    adapters: Sequence[tuple[Adapter, float]],
+    bound: Sequence[Sequence[Bound]],
+    drafts: dict[str, _Draft],
+) -> None:
+    """Give every tensor its terms; an adapter at weight 0 has none."""
+    for position, ((adapter, weight), some) in enumerate(zip(adapters, bound, strict=True)):
+        own = {one.target.name for one in some if one.source.shared}
+        for one in some:
+            name = one.target.name
+            # what an adapter says of a tied layer itself is not what it says of the layer that this one repeats
+            members = [name, *(set(structure.group(name)) - own)] if one.source.shared else [name]
+            for member in dict.fromkeys(members):
+                draft = drafts.get(member)
+                if draft is not None and draft.resized and isinstance(one.delta, Replacement):
+                    continue
+                _require_rows(adapter, one, draft.entry if draft else structure.tensors[member])
+                if weight != 0:
+                    drafts.setdefault(member, _Draft(structure.tensors[member])).terms.append(
+                        Term(one.delta, weight, position)
+                    )
+
+
+def _require_rows(adapter: Adapter, one: Bound, entry: TensorEntry) -> None:
+    """Refuse a delta that does not fit what another one has made of its tensor."""
+    if one.delta.shape != entry.matrix:
+        raise AdapterMismatch(
+            f"{adapter.path}: the delta for {one.target.name!r} has shape {list(one.delta.shape)} and the tensor "
+            f"{list(entry.shape)} ({one.source.tensors[0]}); the adapter was trained on another model or size"
+        )
+
+
+def _require_equal_rows(structure: Structure, drafts: Mapping[str, _Draft], loose: set[str]) -> dict[str, int]:
+    """The new number of rows of tensors that have one; all embeddings and heads of as many before must agree."""
+    rows = {name: draft.entry.shape[0] for name, draft in drafts.items() if draft.resized}
+    before = {structure.tensors[name].shape[0] for name in rows}
+    for name, entry in structure.tensors.items():
+        is_tied = name in structure.ties and name not in loose
+        counts_tokens = layer(name) in EMBEDDINGS + HEADS or (len(entry.shape) == 1 and name.endswith("bias"))
+        if is_tied or not counts_tokens or not entry.shape or entry.shape[0] not in before:
+            continue
+        now = drafts[name].entry.shape[0] if name in drafts else entry.shape[0]
+        if rows and now not in rows.values():
+            raise AdapterMismatch(
+                f"the adapter gives {listed(sorted(rows))} {next(iter(rows.values()))} rows, but {name!r} stays at "
+                f"{now}; save the adapter with save_embedding_layers=True, so that it holds both"
+            )
+    if len(set(rows.values())) > 1:
+        raise AdapterMismatch(f"the adapter gives the vocabulary different sizes: {rows}")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------- ties
+
+
+def _settle_ties(structure: Structure, drafts: dict[str, _Draft]) -> set[str]:
+    """Names of the tied tensors that must be stored one by one; those that change alike lose their draft instead."""
+    groups = {structure.ties[member]: structure.group(member) for member in structure.ties}
+    loose: set[str] = set()
+    for source, names in groups.items():
+        if not any(name in drafts for name in names):
+            continue
+        if all(_is_same(structure, drafts, source, name) for name in names):
+            for name in names[1:]:
+                drafts.pop(name, None)
+        else:
+            loose.update(names)
+    if loose:  # the flag is one for all ties of a model
+        loose.update(*groups.values())
+    return loose
+
+
+def _is_same(structure: Structure, drafts: Mapping[str, _Draft], source: str, member: str) -> bool:
+    """Whether two tied tensors are still the same after all their changes."""
+    one, other = (drafts.get(name, _Draft(structure.tensors[name])) for name in (source, member))
+    is_read_alike = (one.entry.file, one.entry.start) == (other.entry.file, other.entry.start)
+    if not is_read_alike and not (one.resized and other.resized and _equal_bytes(one.entry, other.entry)):
+        return False
+    return len(one.terms) == len(other.terms) and all(
+        mine.factor == theirs.factor and _equal(mine.delta, theirs.delta)
+        for mine, theirs in zip(one.terms, other.terms, strict=True)
+    )
+
+
+def _equal(one: Delta, other: Delta) -> bool:
+    """Whether two deltas are made of the same numbers, as PEFT saves them for layers that it keeps tied."""
+    if one == other:
+        return True
+    if one.kind != other.kind or one.shape != other.shape or one.scale != other.scale:
+        return False
+    mine, theirs = one.low_rank(), other.low_rank()
+    if mine is None or theirs is None:
+        return isinstance(one, Replacement) and isinstance(other, Replacement) and _equal_bytes(one.new, other.new)
+    pairs = zip(mine.products, theirs.products, strict=True)
+    return all(
+        _equal_bytes(a.left.entry, b.left.entry, flipped=a.left.flipped != b.left.flipped)
+        and _equal_bytes(a.right.entry, b.right.entry, flipped=a.right.flipped != b.right.flipped)
+        for a, b in pairs
+    )
+
+
+def _equal_bytes(one: TensorEntry, other: TensorEntry, *, flipped: bool = False) -> bool:
+    """Whether two stored matrices hold the same bits, one of them transposed if ``flipped``."""
+    import numpy as np
+
+    if one.dtype != other.dtype or one.nbytes != other.nbytes:
+        return False
+    if one.nbytes == 0 or (one.file, one.start, flipped) == (other.file, other.start, False):
+        return one.shape == other.shape
+    width = itemsize(one.dtype)
+
+    def words(entry: TensorEntry) -> Any:
+        return np.memmap(entry.file, f"u{width}", "r", entry.start, entry.matrix)
+
+    mine, theirs = words(one), words(other).T if flipped else words(other)
+    step = max(1, _COMPARED // max(1, one.matrix[1] * width))
+    return mine.shape == theirs.shape and all(
+        bool((mine[start : start + step] == theirs[start : start + step]).all()) for start in range(0, len(mine), step)
+    )
+
+
+# --------------------------------------------------------------------------------------------------- new layers
+
+
+def _new_layers(
+    structure: Structure, adapters: Sequence[tuple[Adapter, float]], heads: Sequence[Sequence[ModuleDelta]]
+) -> list[Slot]:
+    """Tensors that only an adapter has; one adapter must own them, at weight 1."""
+    slots: dict[str, Slot] = {}
+    for (adapter, weight), some in zip(adapters, heads, strict=True):
+        for one in some:
+            name = f"{one.module}.{one.parameter}"
+            if weight != 1:
+                raise AdapterMismatch(
+                    f"{adapter.path}: {one.tensors[0]!r} is a layer that the base lacks, so its weight must be 1, "
+                    f"not {weight:g}"
+                )
+            if not structure.takes_heads:
+                raise AdapterMismatch(
+                    f"{adapter.path}: {one.tensors[0]!r} is a layer that {structure.architecture} has not, and the "
+                    "adapter's config has no task_type that would say which class has; name it with --architecture"
+                )
+            if name in slots:
+                raise AdapterMismatch(f"{adapter.path}: {name!r} is a new layer of another adapter as well")
+            slots[name] = Slot(name, one.delta.entries[0])
+    return list(slots.values())
