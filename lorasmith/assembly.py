@@ -8,7 +8,7 @@ layers that the base lacks are new tensors
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,11 +93,14 @@ def assemble(
     stored = {entry.name for entry in checkpoint.entries}
     gains = {name: gain(checkpoint.config) for name in loose if layer(name) in HEADS}
     added = [name for name in structure.tensors if name not in stored and (name in loose or name not in structure.ties)]
-    slots = {name: drafts.get(name, _Draft(structure.tensors[name])).slot(name, gains.get(name, 1.0)) for name in added}
-    changed = {name: draft.slot(name) for name, draft in drafts.items() if name in stored}
+    slots = {
+        name: drafts.get(name, _Draft(structure.tensors[name])).slot(name, gains.get(name, 1.0))
+        for name in [*added, *drafts, *(name for name, value in gains.items() if value != 1)]
+        if name in structure.tensors
+    }
     return Assembly(
-        changed={**_moved(checkpoint, structure), **changed},
-        added=(*slots.values(), *new),
+        changed={**_moved(checkpoint, structure), **{name: slots[name] for name in slots if name in stored}},
+        added=(*(slots[name] for name in added), *new),
         dropped=frozenset(stored - structure.tensors.keys()),
         config=config_changes(
             checkpoint,
@@ -120,55 +123,57 @@ def _moved(checkpoint: Checkpoint, structure: Structure) -> dict[str, Slot]:
 # ------------------------------------------------------------------------------------------------------- deltas
 
 
-def _resize(
-    structure: Structure,
-    adapters: Sequence[tuple[Adapter, float]],
-    bound: Sequence[Sequence[Bound]],
-    drafts: dict[str, _Draft],
-) -> None:
-    """Let tensors whose replacement has another number of rows be read from it."""
+Weighted = Sequence[tuple[Adapter, float]]
+
+
+def _each(adapters: Weighted, bound: Sequence[Sequence[Bound]]) -> Iterator[tuple[int, Adapter, float, Bound]]:
+    """Every delta, with the position of its adapter, the adapter and its weight."""
     for position, ((adapter, weight), some) in enumerate(zip(adapters, bound, strict=True)):
         for one in some:
-            new = one.delta.new if isinstance(one.delta, Replacement) else None
-            if new is None or new.shape == one.target.shape:
-                continue
-            if weight != 1:
+            yield position, adapter, weight, one
+
+
+def _resize(
+    structure: Structure, adapters: Weighted, bound: Sequence[Sequence[Bound]], drafts: dict[str, _Draft]
+) -> None:
+    """Let tensors whose replacement has another number of rows be read from it."""
+    for position, adapter, weight, one in _each(adapters, bound):
+        new = one.delta.new if isinstance(one.delta, Replacement) else None
+        if new is None or new.shape == one.target.shape:
+            continue
+        if weight != 1:
+            raise AdapterMismatch(
+                f"{adapter.path}: {new.name!r} has {new.shape[0]} rows and {one.target.name!r} has "
+                f"{one.target.shape[0]}; what changes a shape must have the weight 1, not {weight:g}"
+            )
+        for name in structure.group(one.target.name) if one.source.shared else (one.target.name,):
+            draft = drafts.setdefault(name, _Draft(new, owner=position, resized=True))
+            if draft.owner != position:
                 raise AdapterMismatch(
-                    f"{adapter.path}: {new.name!r} has {new.shape[0]} rows and {one.target.name!r} has "
-                    f"{one.target.shape[0]}; what changes a shape must have the weight 1, not {weight:g}"
+                    f"{adapter.path} and {adapters[draft.owner or 0][0].path} both give {name!r} a new shape; "
+                    "merge them one by one"
                 )
-            for name in structure.group(one.target.name) if one.source.shared else (one.target.name,):
-                draft = drafts.setdefault(name, _Draft(new, owner=position, resized=True))
-                if draft.owner != position:
-                    raise AdapterMismatch(
-                        f"{adapter.path} and {adapters[draft.owner or 0][0].path} both give {name!r} a new shape; "
-                        "merge them one by one"
-                    )
-                draft.entry = new
+            draft.entry = new
 
 
 def _gather(
-    structure: Structure,
-    adapters: Sequence[tuple[Adapter, float]],
-    bound: Sequence[Sequence[Bound]],
-    drafts: dict[str, _Draft],
+    structure: Structure, adapters: Weighted, bound: Sequence[Sequence[Bound]], drafts: dict[str, _Draft]
 ) -> None:
     """Give every tensor its terms; an adapter at weight 0 has none."""
-    for position, ((adapter, weight), some) in enumerate(zip(adapters, bound, strict=True)):
-        own = {one.target.name for one in some if one.source.shared}
-        for one in some:
-            name = one.target.name
-            # what an adapter says of a tied layer itself is not what it says of the layer that this one repeats
-            members = [name, *(set(structure.group(name)) - own)] if one.source.shared else [name]
-            for member in dict.fromkeys(members):
-                draft = drafts.get(member)
-                if draft is not None and draft.resized and isinstance(one.delta, Replacement):
-                    continue
-                _require_rows(adapter, one, draft.entry if draft else structure.tensors[member])
-                if weight != 0:
-                    drafts.setdefault(member, _Draft(structure.tensors[member])).terms.append(
-                        Term(one.delta, weight, position)
-                    )
+    own = [{one.target.name for one in some if one.source.shared} for some in bound]
+    for position, adapter, weight, one in _each(adapters, bound):
+        name = one.target.name
+        # what an adapter says of a tied layer itself is not what it says of the layer that this one repeats
+        others = [member for member in structure.group(name) if member != name and member not in own[position]]
+        for member in [name, *(others if one.source.shared else ())]:
+            draft = drafts.get(member)
+            if draft is not None and draft.resized and isinstance(one.delta, Replacement):
+                continue
+            _require_rows(adapter, one, draft.entry if draft else structure.tensors[member])
+            if weight != 0:
+                drafts.setdefault(member, _Draft(structure.tensors[member])).terms.append(
+                    Term(one.delta, weight, position)
+                )
 
 
 def _require_rows(adapter: Adapter, one: Bound, entry: TensorEntry) -> None:

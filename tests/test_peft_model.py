@@ -232,6 +232,21 @@ def test_a_lora_trained_on_both_ends_of_a_tie_at_once_keeps_it(tmp_path: Path) -
     require_same(tmp_path / "out", wanted, FAMILIES["qwen2"].inputs())
 
 
+@pytest.mark.parametrize(("kind", "target"), [("t5", "lm_head"), ("qwen2", "embed_tokens"), ("bart", "lm_head")])
+def test_a_base_that_stores_both_ends_of_a_tie_is_untied_like_one_that_stores_one(
+    tmp_path: Path, kind: str, target: str
+) -> None:
+    """As pickled checkpoints do."""
+    case = make_case(tmp_path, kind, target_modules=[target])
+    model = load_base(case)
+    torch.save(model.state_dict(), case.base / "pytorch_model.bin")
+    (case.base / "model.safetensors").unlink()
+    wanted = outputs(PeftModel.from_pretrained(model, case.adapter).eval(), case.family.inputs())
+    report = lorasmith.merge(case.base, case.adapter, tmp_path / "out")
+    assert report.tensors_added == 0
+    require_same(tmp_path / "out", wanted, case.family.inputs())
+
+
 def test_a_bare_file_whose_tie_could_not_be_told_is_refused(tmp_path: Path) -> None:
     case = make_case(tmp_path, "qwen2", target_modules=["embed_tokens"])
     (tmp_path / "alone").mkdir()

@@ -26,7 +26,7 @@ from lorasmith.safefile import Header, TensorEntry, parse_json, read_json
 ROLES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_ROLE = re.compile(rf"^(?P<module>.*?)\.?\b(?P<role>{'|'.join(ROLES)})(?P<rest>(?:\.[^.]+){{0,3}})$")
+_ROLE = re.compile(rf"^(?P<module>.*?)\.?\b(?P<role>{'|'.join(ROLES)})(?P<rest>(?:\.[^.]+){{0,3}})\Z", re.DOTALL)
 
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base: an unconverted adapter is relative to that changed base."""
@@ -236,7 +236,7 @@ def _replacement(config: Mapping[str, Any], name: str, entry: TensorEntry) -> Mo
     module, _, parameter = plain.replace(".base_layer.", ".").rpartition(".")
     saved = config.get("modules_to_save")
     named = [one for one in saved if isinstance(one, str)] if isinstance(saved, list) else []
-    new = not config or any(one in module.split(".") or module.endswith(one) for one in named)
+    new = any(one in module.split(".") or module.endswith(one) for one in named)
     return ModuleDelta(module, parameter, Replacement(entry), (entry.name,), True, shared=shared, may_be_new=new)
 
 
