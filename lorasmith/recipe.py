@@ -5,6 +5,7 @@ Neither knows a path or a time: equal runs on different machines write equal byt
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -14,7 +15,8 @@ from typing import Any
 
 from lorasmith import __version__
 from lorasmith.checkpoint import Checkpoint
-from lorasmith.records import AdapterUse, Convert, Copy, Merge, Output, SideFile
+from lorasmith.records import AdapterUse, Convert, Copy, Output, SideFile
+from lorasmith.safefile import TensorEntry
 
 
 def recipe(checkpoint: Checkpoint, uses: Sequence[AdapterUse], **options: Any) -> dict[str, Any]:
@@ -49,17 +51,27 @@ def plan_hash(record: dict[str, Any], outputs: Sequence[Output], side_files: Seq
         for step in output.steps:
             sha.update(f"{type(step).__name__} {step.offset} {step.nbytes} ".encode())
             if isinstance(step, Copy):
-                sha.update(_raw(f"{os.path.basename(step.source)} {step.start}\n"))
-            if isinstance(step, Convert):
-                sha.update(f"{step.name} {step.entry.name} {step.dtype}\n".encode())
-            if isinstance(step, Merge):
-                sha.update(f"{step.gain!r}\n".encode())
-            for term in step.terms if isinstance(step, Merge) else ():
-                names = [entry.name for entry in term.delta.entries]
-                sha.update(f"{term.adapter} {term.factor!r} {term.delta.scale!r} {term.delta.kind} {names}\n".encode())
+                sha.update(_raw(f"{_file(step.source)} {step.start}\n"))
+            elif isinstance(step, Convert):
+                sha.update(_raw(json.dumps(_facts(step))))
     for file in side_files:
         sha.update(_raw(f"{file.name} {file.sha256}\n"))
     return sha.hexdigest()
+
+
+def _facts(value: Any) -> Any:
+    """Steps, their deltas and tensors as JSON types, without the folders that files are in."""
+    if isinstance(value, TensorEntry):
+        return [_file(value.file), value.name, value.dtype, value.shape, value.start]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        facts = [_facts(getattr(value, one.name)) for one in dataclasses.fields(value)]
+        return [type(value).__name__, *facts]
+    return [_facts(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _file(path: str) -> str:
+    """A file's name, without its folder; none for what is only an open descriptor."""
+    return "" if path.startswith("/proc/self/fd/") else os.path.basename(path)
 
 
 def _raw(text: str) -> bytes:

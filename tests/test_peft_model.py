@@ -311,6 +311,14 @@ def test_rows_trained_whole_are_the_trained_ones_bit_for_bit_and_the_others_the_
     assert raw_bytes(after) == raw_bytes(before)
 
 
+def test_other_tokens_for_the_same_rows_are_another_plan(tmp_path: Path) -> None:
+    carry(tmp_path, "llama", trainable_token_indices=[7, 3], target_modules=["q_proj"])
+    plans = [lorasmith.plan(tmp_path / "base", tmp_path / "adapter")]
+    edit(tmp_path / "adapter", trainable_token_indices=[3, 7])
+    plans.append(lorasmith.plan(tmp_path / "base", tmp_path / "adapter"))
+    assert plans[0].hash != plans[1].hash
+
+
 @pytest.mark.parametrize("weight", [0.25, -1.5])
 def test_a_weighted_replacement_goes_part_of_the_way(tmp_path: Path, weight: float) -> None:
     carry(tmp_path, "llama", modules_to_save=["lm_head"], trainable_token_indices=[1, 5], target_modules=["q_proj"])

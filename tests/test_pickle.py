@@ -623,6 +623,8 @@ def test_a_base_that_cannot_be_streamed_is_merged_from_memory(tmp_path: Path, ki
     wanted, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("wanted", "out"))
     assert merged.keys() == wanted.keys()
     assert all(raw_bytes(merged[name]) == raw_bytes(wanted[name]) for name in wanted)
+    lorasmith.merge(old, lora.folder, tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
 
 
 _GROWTH = """
