@@ -29,8 +29,10 @@ base, adapter, out, *options = sys.argv[1:]
 lorasmith.merge(base, adapter, out, overwrite="overwrite" in options)
 """
 
-POSIX = ("preadv", "pread", "pwrite", "pwritev", "copy_file_range", "sendfile", "posix_fallocate", "O_DIRECT", "O_CLOEXEC",
-         "sched_getaffinity", "O_DIRECTORY")  # fmt: skip
+POSIX = (
+    "preadv", "pread", "pwrite", "pwritev", "copy_file_range", "sendfile", "posix_fallocate", "O_DIRECT", "O_CLOEXEC",
+    "sched_getaffinity", "O_DIRECTORY",
+)  # fmt: skip
 
 SYSTEMS = {
     "Windows": (POSIX, ("fcntl", "resource"), "not hasattr(os, 'preadv')"),
