@@ -8,23 +8,20 @@ layers that the base lacks are new tensors
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.deltas import Delta
 from lorasmith.deltas.replacement import Replacement
-from lorasmith.dtypes import itemsize
 from lorasmith.errors import AdapterMismatch, Unsupported, listed
 from lorasmith.naming.ties import EMBEDDINGS, HEADS, gain, layer
 from lorasmith.records import Term
-from lorasmith.safefile import TensorEntry
-from lorasmith.structure import Structure, config_changes
-
-_COMPARED = 8 << 20
-"""Bytes of two tensors that are compared at once."""
+from lorasmith.safefile import TensorEntry, equal_bytes
+from lorasmith.structure import LABELS, Structure, config_changes
 
 
 @dataclass(frozen=True)
@@ -81,16 +78,17 @@ def assemble(
     Raises AdapterMismatch or Unsupported for changes that exclude each other or that the result could not express.
     """
     drafts: dict[str, _Draft] = {}
+    stored = {entry.name for entry in checkpoint.entries}
     _resize(structure, adapters, bound, drafts)
     _gather(structure, adapters, bound, drafts)
-    loose = _settle_ties(structure, drafts)
+    _require_known_ties(checkpoint, structure, drafts)
+    loose = _settle_ties(structure, stored, drafts)
     if loose and not checkpoint.config:
         raise Unsupported(
             f"the adapter changes {listed(sorted(loose))}, which the model may tie to another layer, and "
             f"{checkpoint.path} has no config.json beside it that could say so; put the model's config there"
         )
     new = _new_layers(structure, adapters, heads)
-    stored = {entry.name for entry in checkpoint.entries}
     gains = {name: gain(checkpoint.config) for name in loose if layer(name) in HEADS}
     added = [name for name in structure.tensors if name not in stored and (name in loose or name not in structure.ties)]
     slots = {
@@ -133,8 +131,26 @@ def _each(adapters: Weighted, bound: Sequence[Sequence[Bound]]) -> Iterator[tupl
             yield position, adapter, weight, one
 
 
+def _others(structure: Structure, one: Bound) -> list[str]:
+    """The tensors beside its own that a change of what tied layers repeat goes to.
+
+    One that is stored with values of its own is not tied in truth, so that what its layer was saved with is not that
+    of the others; token rows PEFT replaces in all of them.
+    """
+    if not one.source.shared:
+        return []
+    others = [member for member in structure.group(one.target.name) if member != one.target.name]
+    if not isinstance(one.delta, Replacement):
+        return others
+    mine = structure.tensors[one.target.name]
+    return [member for member in others if equal_bytes(mine, structure.tensors[member])]
+
+
 def _resize(
-    structure: Structure, adapters: Weighted, bound: Sequence[Sequence[Bound]], drafts: dict[str, _Draft]
+    structure: Structure,
+    adapters: Weighted,
+    bound: Sequence[Sequence[Bound]],
+    drafts: dict[str, _Draft],
 ) -> None:
     """Let tensors whose replacement has another number of rows be read from it."""
     for position, adapter, weight, one in _each(adapters, bound):
@@ -146,7 +162,7 @@ def _resize(
                 f"{adapter.path}: {new.name!r} has {new.shape[0]} rows and {one.target.name!r} has "
                 f"{one.target.shape[0]}; what changes a shape must have the weight 1, not {weight:g}"
             )
-        for name in structure.group(one.target.name) if one.source.shared else (one.target.name,):
+        for name in [one.target.name, *_others(structure, one)]:
             draft = drafts.setdefault(name, _Draft(new, owner=position, resized=True))
             if draft.owner != position:
                 raise AdapterMismatch(
@@ -154,18 +170,25 @@ def _resize(
                     "merge them one by one"
                 )
             draft.entry = new
+    for source in set(structure.ties.values()) & drafts.keys():
+        for member in structure.group(source):  # what nobody resized follows the one that it repeats
+            drafts.setdefault(member, replace(drafts[source], terms=[]))
 
 
 def _gather(
-    structure: Structure, adapters: Weighted, bound: Sequence[Sequence[Bound]], drafts: dict[str, _Draft]
+    structure: Structure,
+    adapters: Weighted,
+    bound: Sequence[Sequence[Bound]],
+    drafts: dict[str, _Draft],
 ) -> None:
     """Give every tensor its terms; an adapter at weight 0 has none."""
-    own = [{one.target.name for one in some if one.source.shared} for some in bound]
+    own = [
+        {one.target.name for one in some if one.source.shared or isinstance(one.delta, Replacement)} for some in bound
+    ]
     for position, adapter, weight, one in _each(adapters, bound):
         name = one.target.name
         # what an adapter says of a tied layer itself is not what it says of the layer that this one repeats
-        others = [member for member in structure.group(name) if member != name and member not in own[position]]
-        for member in [name, *(others if one.source.shared else ())]:
+        for member in [name, *(other for other in _others(structure, one) if other not in own[position])]:
             draft = drafts.get(member)
             if draft is not None and draft.resized and isinstance(one.delta, Replacement):
                 continue
@@ -187,36 +210,47 @@ def _require_rows(adapter: Adapter, one: Bound, entry: TensorEntry) -> None:
 
 def _require_equal_rows(structure: Structure, drafts: Mapping[str, _Draft], loose: set[str]) -> dict[str, int]:
     """The new number of rows of tensors that have one; all embeddings and heads of as many before must agree."""
-    rows = {name: draft.entry.shape[0] for name, draft in drafts.items() if draft.resized}
+    resized = {name: draft.entry.shape[0] for name, draft in drafts.items() if draft.resized}
+    rows = {name: count for name, count in resized.items() if not LABELS.search(name)}
     before = {structure.tensors[name].shape[0] for name in rows}
     for name, entry in structure.tensors.items():
         is_tied = name in structure.ties and name not in loose
-        counts_tokens = layer(name) in EMBEDDINGS + HEADS or (len(entry.shape) == 1 and name.endswith("bias"))
-        if is_tied or not counts_tokens or not entry.shape or entry.shape[0] not in before:
+        is_bias = name.endswith("bias") and math.prod(entry.shape) in before.intersection(entry.shape)
+        counts_tokens = is_bias or (layer(name) in EMBEDDINGS + HEADS and entry.shape[:1] and entry.shape[0] in before)
+        if is_tied or not counts_tokens or name in rows:
             continue
-        now = drafts[name].entry.shape[0] if name in drafts else entry.shape[0]
-        if rows and now not in rows.values():
-            raise AdapterMismatch(
-                f"the adapter gives {listed(sorted(rows))} {next(iter(rows.values()))} rows, but {name!r} stays at "
-                f"{now}; save the adapter with save_embedding_layers=True, so that it holds both"
-            )
+        remedy = "resize the base itself and save it" if is_bias else "save the adapter with save_embedding_layers=True"
+        raise AdapterMismatch(
+            f"the adapter gives {listed(sorted(rows))} {next(iter(rows.values()))} rows, but {name!r} stays at "
+            f"{math.prod(entry.shape) if is_bias else entry.shape[0]}; {remedy}, so that both have as many"
+        )
     if len(set(rows.values())) > 1:
         raise AdapterMismatch(f"the adapter gives the vocabulary different sizes: {rows}")
-    return rows
+    return resized
 
 
 # --------------------------------------------------------------------------------------------------------- ties
 
 
-def _settle_ties(structure: Structure, drafts: dict[str, _Draft]) -> set[str]:
-    """Names of the tied tensors that must be stored one by one; those that change alike lose their draft instead."""
+def _require_known_ties(checkpoint: Checkpoint, structure: Structure, drafts: Mapping[str, _Draft]) -> None:
+    """Refuse changes to what the model may use twice, where that cannot be told."""
+    touched = [name for name in drafts if layer(name) in EMBEDDINGS + HEADS]
+    if touched and not structure.ties_known:
+        raise Unsupported(
+            f"the adapter changes {listed(touched)}, and which layers {structure.architecture} ties to it cannot be "
+            f"told from the names in {checkpoint.path}; if the base was saved without its head, save it with that"
+        )
+
+
+def _settle_ties(structure: Structure, stored: Set[str], drafts: dict[str, _Draft]) -> set[str]:
+    """Names of the tied tensors that must be stored one by one; of those that change alike, one draft remains."""
     groups = {structure.ties[member]: structure.group(member) for member in structure.ties}
     loose: set[str] = set()
     for source, names in groups.items():
         if not any(name in drafts for name in names):
             continue
         if all(_is_same(structure, drafts, source, name) for name in names):
-            for name in names[1:]:
+            for name in set(names) - stored:
                 drafts.pop(name, None)
         else:
             loose.update(names)
@@ -229,7 +263,7 @@ def _is_same(structure: Structure, drafts: Mapping[str, _Draft], source: str, me
     """Whether two tied tensors are still the same after all their changes."""
     one, other = (drafts.get(name, _Draft(structure.tensors[name])) for name in (source, member))
     is_read_alike = (one.entry.file, one.entry.start) == (other.entry.file, other.entry.start)
-    if not is_read_alike and not (one.resized and other.resized and _equal_bytes(one.entry, other.entry)):
+    if not is_read_alike and not (one.resized and other.resized and equal_bytes(one.entry, other.entry)):
         return False
     return len(one.terms) == len(other.terms) and all(
         mine.factor == theirs.factor and _equal(mine.delta, theirs.delta)
@@ -245,32 +279,12 @@ def _equal(one: Delta, other: Delta) -> bool:
         return False
     mine, theirs = one.low_rank(), other.low_rank()
     if mine is None or theirs is None:
-        return isinstance(one, Replacement) and isinstance(other, Replacement) and _equal_bytes(one.new, other.new)
+        return isinstance(one, Replacement) and isinstance(other, Replacement) and equal_bytes(one.new, other.new)
     pairs = zip(mine.products, theirs.products, strict=True)
     return all(
-        _equal_bytes(a.left.entry, b.left.entry, flipped=a.left.flipped != b.left.flipped)
-        and _equal_bytes(a.right.entry, b.right.entry, flipped=a.right.flipped != b.right.flipped)
+        equal_bytes(a.left.entry, b.left.entry, flipped=a.left.flipped != b.left.flipped)
+        and equal_bytes(a.right.entry, b.right.entry, flipped=a.right.flipped != b.right.flipped)
         for a, b in pairs
-    )
-
-
-def _equal_bytes(one: TensorEntry, other: TensorEntry, *, flipped: bool = False) -> bool:
-    """Whether two stored matrices hold the same bits, one of them transposed if ``flipped``."""
-    import numpy as np
-
-    if one.dtype != other.dtype or one.nbytes != other.nbytes:
-        return False
-    if one.nbytes == 0 or (one.file, one.start, flipped) == (other.file, other.start, False):
-        return one.shape == other.shape
-    width = itemsize(one.dtype)
-
-    def words(entry: TensorEntry) -> Any:
-        return np.memmap(entry.file, f"u{width}", "r", entry.start, entry.matrix)
-
-    mine, theirs = words(one), words(other).T if flipped else words(other)
-    step = max(1, _COMPARED // max(1, one.matrix[1] * width))
-    return mine.shape == theirs.shape and all(
-        bool((mine[start : start + step] == theirs[start : start + step]).all()) for start in range(0, len(mine), step)
     )
 
 

@@ -45,7 +45,7 @@ def split(checkpoint: Checkpoint, assembly: Assembly, dtype: str | None, limit: 
     ``dtype`` is a format code, or None to keep each tensor's own. New tensors come last.
     """
     shards = [list(_places(shard, assembly, dtype)) for shard in checkpoint.shards]
-    main, files = _main_dtype(checkpoint), checkpoint.files
+    main, files = _main_dtype(checkpoint), {entry.file for entry in checkpoint.entries}
     shards[-1] += [
         Place(slot, _kept(slot.entry.dtype, dtype or (None if slot.entry.file in files else main)))
         for slot in assembly.added

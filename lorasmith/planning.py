@@ -32,7 +32,7 @@ from lorasmith.recipe import plan_hash, recipe
 from lorasmith.records import AdapterUse, Convert, Merge, Output, Plan, SideFile, TargetGroup
 from lorasmith.safefile import TensorEntry
 from lorasmith.sidefiles import PROVENANCE, side_files, written
-from lorasmith.structure import Structure, open_structure
+from lorasmith.structure import LABELS, Structure, open_structure
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -117,7 +117,11 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         targets=tuple(_targets(bindings)),
         base_files=tuple(shard.stamp for shard in checkpoint.shards),
         adapter_files=tuple(adapter.stamp for adapter, _ in adapters),
-        notes=(*checkpoint.notes, *(note for adapter, _ in adapters for note in adapter.notes)),
+        notes=(
+            *checkpoint.notes,
+            *(note for adapter, _ in adapters for note in adapter.notes),
+            *_notes(structure, bindings),
+        ),
         warnings=tuple(_warnings(checkpoint, adapters, uses)),
         hash=digest,
     )
@@ -136,17 +140,18 @@ def _refuse_residual(adapters: Sequence[Adapter]) -> None:
 
 def _count(checkpoint: Checkpoint, assembly: Assembly, outputs: Sequence[Output]) -> Counter[str]:
     """How many of the base's tensors are merged, replaced, converted and copied."""
-    names = {Merge: "merged", Convert: "converted"}
-    kinds = {step.name: type(step) for output in outputs for step in output.steps if isinstance(step, Convert)}
-    return Counter(
-        "replaced"
-        if entry.name in assembly.changed and layout.replaces(assembly.changed[entry.name])
-        else names[kinds[entry.name]]
-        if entry.name in kinds
-        else "copied"
-        for entry in checkpoint.entries
-        if entry.name not in assembly.dropped
-    )
+    steps = {step.name: step for output in outputs for step in output.steps if isinstance(step, Convert)}
+    own = {entry.file for entry in checkpoint.entries}
+
+    def kind(name: str) -> str:
+        slot, step = assembly.changed.get(name), steps.get(name)
+        if isinstance(step, Merge):
+            return "merged"
+        if slot is not None and (layout.replaces(slot) or slot.entry.file not in own):
+            return "replaced"
+        return "copied" if step is None else "converted"
+
+    return Counter(kind(entry.name) for entry in checkpoint.entries if entry.name not in assembly.dropped)
 
 
 # ------------------------------------------------------------------------------------ 1. deltas to base tensors
@@ -188,14 +193,19 @@ def _bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, option
 def _grown(structure: Structure, matched: Sequence[naming.Match]) -> dict[str, TensorEntry]:
     """Embeddings and output heads, with their biases, that an adapter gives another number of rows, as it has them."""
     grown: dict[str, TensorEntry] = {}
-    rows: set[tuple[int, int]] = set()
+    rows: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     for one in sorted(matched, key=lambda one: len(one.target.shape), reverse=True):
         new, old = one.source.delta.entries[0], one.target
         if not isinstance(one.source.delta, Replacement) or new.shape == old.shape or new.shape[1:] != old.shape[1:]:
             continue
-        if not new.shape or not (layer(old.name) in EMBEDDINGS + HEADS or (old.shape[0], new.shape[0]) in rows):
+        labels = one.source.may_be_new and LABELS.search(old.name)
+        tokens = layer(old.name) in EMBEDDINGS + HEADS or (old.shape[:1], new.shape[:1]) in rows
+        if not new.shape or not (labels or tokens):
             continue
-        rows.add((old.shape[0], new.shape[0]))
+        if labels:
+            grown[old.name] = replace(old, shape=new.shape)
+            continue
+        rows.add((old.shape[:1], new.shape[:1]))
         for name in structure.group(old.name) if one.source.shared else (old.name,):
             grown[name] = replace(old, name=name, shape=new.shape)
     return grown
@@ -273,6 +283,15 @@ def _targets(bindings: Sequence[_Binding]) -> Iterator[TargetGroup]:
         for (target, kind), deltas in groups.items():
             ranks, scales = [delta.rank for delta in deltas], [delta.scale for delta in deltas]
             yield TargetGroup(position, target, kind, len(deltas), (min(ranks), max(ranks)), (min(scales), max(scales)))
+
+
+def _notes(structure: Structure, bindings: Sequence[_Binding]) -> Iterator[str]:
+    heads = [f"{head.module}.{head.parameter}" for binding in bindings for head in binding.heads]
+    if heads:
+        yield (
+            f"the result is a {structure.architecture} with the adapter's {listed(heads)}; if that class has yet other "
+            "layers, as a pooler, neither base nor adapter holds them"
+        )
 
 
 def _warnings(

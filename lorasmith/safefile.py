@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasmith.dtypes import BITS
+from lorasmith.dtypes import BITS, itemsize
 from lorasmith.errors import BadFile, IOFailed, MissingFile
 
 MAX_HEADER = 100_000_000
@@ -46,6 +46,9 @@ _FOREIGN = (
     (b"<html", "is a web page, as a failed download leaves it; fetch the file again"),
 )
 """How files begin that are mistaken for safetensors or JSON, and what to say."""
+
+_COMPARED = 8 << 20
+"""Bytes of two tensors that are compared at once."""
 
 PAGE = 4096
 """Alignment of direct writes, in bytes."""
@@ -277,6 +280,26 @@ def build_header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadat
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw
+
+
+def equal_bytes(one: TensorEntry, other: TensorEntry, *, flipped: bool = False) -> bool:
+    """Whether two stored matrices hold the same bits, one of them transposed if ``flipped``."""
+    import numpy as np
+
+    if one.dtype != other.dtype or one.nbytes != other.nbytes:
+        return False
+    if one.nbytes == 0 or (one.file, one.start, flipped) == (other.file, other.start, False):
+        return one.shape == other.shape
+    width = itemsize(one.dtype)
+
+    def words(entry: TensorEntry) -> Any:
+        return np.memmap(entry.file, f"u{width}", "r", entry.start, entry.matrix)
+
+    mine, theirs = words(one), words(other).T if flipped else words(other)
+    step = max(1, _COMPARED // max(1, one.matrix[1] * width))
+    return mine.shape == theirs.shape and all(
+        bool((mine[start : start + step] == theirs[start : start + step]).all()) for start in range(0, len(mine), step)
+    )
 
 
 class Reader:

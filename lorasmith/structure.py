@@ -16,7 +16,7 @@ from lorasmith.adapter import Adapter
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported
 from lorasmith.naming.renamings import runtime_name
-from lorasmith.naming.ties import ties_of
+from lorasmith.naming.ties import ties_of, with_head
 from lorasmith.safefile import TensorEntry
 
 TASKS = {
@@ -26,7 +26,18 @@ TASKS = {
 }
 """Task types of PEFT that put a new head on a model, and how transformers ends the names of such classes."""
 
+HEADED_TASKS = {
+    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
+    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
+}
+"""Task types for which a base may have been saved without the head that belongs to it."""
+
 _FAMILY = re.compile(r"^(?P<family>.{1,100}?)(For[A-Z]\w+|LMHeadModel|LMHead|DoubleHeadsModel|Model)$")
+LABELS = re.compile(
+    r"(^|\.)(score|classifier|(classifier|classification_head)\.out_proj|classifier\.\d+)\.(weight|bias)$"
+)
+"""Parameters whose rows are the labels of a classification."""
+
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|layer|h))\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
@@ -36,6 +47,7 @@ class Structure:
 
     ``architecture`` is its class, and ``takes_heads`` says that this may have layers that the base's has not.
     ``layer_map`` gives for each of its layers the base's that it is a copy of; None where all are as they were.
+    ``ties_known`` is False where the model ties tensors and it cannot be told which.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -43,6 +55,7 @@ class Structure:
     architecture: str | None
     takes_heads: bool
     layer_map: tuple[int, ...] | None
+    ties_known: bool
 
     def group(self, name: str) -> tuple[str, ...]:
         """The source of the tie that a tensor is in, and all that repeat it; just the tensor if it is in none."""
@@ -63,33 +76,63 @@ def open_structure(checkpoint: Checkpoint, adapters: Sequence[Adapter], architec
     own, of_task = _architectures(checkpoint, adapters)
     name = architecture or of_task or own
     ties = _stored_ties(checkpoint, name, stored)
-    repeated = {member: replace(stored[source], name=member) for member, source in ties.items() if member not in stored}
-    return Structure({**stored, **repeated}, ties, name, name != own or of_task is not None or own is None, layer_map)
+    known = ties or {}
+    repeated = {
+        member: replace(stored[source], name=member) for member, source in known.items() if member not in stored
+    }
+    return Structure(
+        tensors={**stored, **repeated},
+        ties=known,
+        architecture=name,
+        takes_heads=name != own or of_task is not None or own is None,
+        layer_map=layer_map,
+        ties_known=ties is not None,
+    )
 
 
 def _architectures(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str | None, str | None]:
     """The class of the base, and that of what the adapters' task makes of it."""
     names = checkpoint.config.get("architectures")
     own = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    tasks = {task for adapter in adapters if isinstance(task := adapter.config.get("task_type"), str)} & TASKS.keys()
+    said = {task for adapter in adapters if isinstance(task := adapter.config.get("task_type"), str)}
+    tasks = said & TASKS.keys()
     if len(tasks) > 1:
         raise AdapterMismatch(
             f"the adapters are for different tasks ({', '.join(sorted(tasks))}); name the class of the result with "
             "--architecture"
         )
     match = _FAMILY.match(own or "")
-    return own, match["family"] + TASKS[tasks.pop()] if tasks and match else None
+    if tasks and match:
+        return own, match["family"] + TASKS[tasks.pop()]
+    endings = [ending for task in sorted(said & HEADED_TASKS.keys()) for ending in HEADED_TASKS[task]]
+    return own, with_head(own or "", endings)
 
 
-def _stored_ties(checkpoint: Checkpoint, architecture: str | None, stored: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """Ties by the names that the checkpoint has for tensors; a tie's source is one that is stored."""
+def _stored_ties(
+    checkpoint: Checkpoint, architecture: str | None, stored: Mapping[str, TensorEntry]
+) -> dict[str, str] | None:
+    """Ties by the names that the checkpoint has for tensors; a tie's source is one that is stored.
+
+    A base that was saved without its head lacks the first word of names. None where a class ties tensors and the
+    checkpoint has neither of their names.
+    """
     names = {runtime_name(checkpoint.config, name): name for name in stored}
+    pairs = ties_of(checkpoint.config, architecture, list(names))
+    if not pairs:
+        return None if pairs is None else {}
+    stems = {name.partition(".")[0] + "." for pair in pairs.items() for name in pair if name.count(".") > 1}
     ties: dict[str, str] = {}
-    for member, source in ties_of(checkpoint.config, architecture, list(names)).items():
-        if source in names:
-            ties[names.get(member, member)] = names[source]
-        elif member in names:  # transformers, too, takes the one that is there
-            ties[source] = names[member]
+    for pair in pairs.items():
+        for stem in ["", *sorted(stems)]:
+            member, source = (name.removeprefix(stem) for name in pair)
+            if source in names:
+                ties[names.get(member, member)] = names[source]
+                break
+            if member in names:  # transformers, too, takes the one that is there
+                ties[source] = names[member]
+                break
+        else:
+            return None
     return {member: source for member, source in ties.items() if source not in ties}
 
 
@@ -152,21 +195,23 @@ def config_changes(
     """The keys of the base's config that the result's must have otherwise.
 
     ``untied`` says that tensors which the base ties are stored one by one, ``rows`` gives the new number of rows of
-    embeddings and output heads that have another, and ``heads`` that of new layers.
+    tensors that have another, and ``heads`` that of new layers.
     """
     config = dict(checkpoint.config)
     if untied:
         config = _with(config, "tie_word_embeddings", False, always=True)
         config = _with(config, "scale_decoder_outputs", False, always=False)  # T5's, from transformers 5 on
     for name, count in rows.items():
-        old = structure.tensors[name].shape[0]
-        config = _with(config, "vocab_size", count, always=old == config.get("vocab_size"))
+        if not LABELS.search(name):
+            old = structure.tensors[name].shape[0]
+            config = _with(config, "vocab_size", count, always=old == config.get("vocab_size"))
     if structure.layer_map is not None:
         config = _with_layers(config, structure.layer_map)
     names = config.get("architectures")
-    if structure.architecture is not None and isinstance(names, list) and names[:1] != [structure.architecture]:
+    needed = untied or heads
+    if needed and structure.architecture and isinstance(names, list) and names[:1] != [structure.architecture]:
         config["architectures"] = [structure.architecture]
-    outputs = [count for name, count in heads.items() if re.search(r"(score|classifier|out_proj)\.weight$", name)]
+    outputs = [count for name, count in {**heads, **rows}.items() if LABELS.search(name) and name.endswith("weight")]
     labels = outputs[-1] if outputs else 0
     ours = config.get("id2label")
     if labels and labels != (len(ours) if isinstance(ours, Mapping) else 2):

@@ -30,6 +30,7 @@ ENCODER_DECODER = {
 }  # fmt: skip
 MORE = {
     "t5 without a head": replace(FAMILIES["t5"], model="T5Model"),
+    "umt5": replace(FAMILIES["t5"], model="UMT5ForConditionalGeneration", config="UMT5Config"),
     "mt5": replace(FAMILIES["t5"], model="MT5ForConditionalGeneration", config="MT5Config"),
     "longt5": replace(FAMILIES["t5"], model="LongT5ForConditionalGeneration", config="LongT5Config"),
     "roberta": replace(FAMILIES["bert"], model="RobertaForMaskedLM", config="RobertaConfig"),
@@ -257,6 +258,104 @@ def test_a_bare_file_whose_tie_could_not_be_told_is_refused(tmp_path: Path) -> N
     assert not (tmp_path / "out.safetensors").exists()
 
 
+STRIPPED = [
+    ("gpt2", "wte", "transformer."), ("gpt2", "lm_head", "transformer."), ("bloom", "word_embeddings", "transformer."),
+    ("opt", "embed_tokens", "model."), ("bart", "lm_head", "model."), ("bert", "word_embeddings", "bert."),
+    ("qwen2", "lm_head", "model."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "target", "stem"), STRIPPED)
+def test_a_base_saved_without_its_head_is_tied_like_one_saved_with_it(
+    tmp_path: Path, kind: str, target: str, stem: str
+) -> None:
+    """As the first models of the Hub are stored: wte.weight, not transformer.wte.weight."""
+    case = make_case(tmp_path, kind, target_modules=[target])
+    wanted = outputs(PeftModel.from_pretrained(load_base(case), case.adapter).eval(), case.family.inputs())
+    file = case.base / "model.safetensors"
+    save_file({name.removeprefix(stem): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    lorasmith.merge(case.base, case.adapter, tmp_path / "out")
+    require_same(tmp_path / "out", wanted, case.family.inputs())
+
+
+@pytest.mark.parametrize("change", ["rows", "grown", "kept tied", "lora kept tied"])
+@pytest.mark.parametrize("stored", ["pickle", "safetensors"])
+def test_both_stored_ends_of_a_tie_follow_what_changes_both(tmp_path: Path, change: str, stored: str) -> None:
+    options = {
+        "rows": {"trainable_token_indices": [1, 5]},
+        "grown": {"save_embedding_layers": True},
+        "kept tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        "lora kept tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    }[change]
+    wanted = carry(tmp_path, "qwen2", resized(64) if change == "grown" else None, **options)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    if stored == "pickle":
+        file.unlink()
+        torch.save(tensors, tmp_path / "base" / "pytorch_model.bin")
+    else:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    require_same(tmp_path / "out", wanted, FAMILIES["qwen2"].inputs())
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5", "umt5", "longt5"])
+@pytest.mark.parametrize("change", ["lm_head", "shared", "rows", "head saved"])
+@pytest.mark.parametrize("head", ["stored", "tied"])
+def test_a_t5_that_does_not_rescale_is_changed_as_the_adapted_model_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, change: str, head: str
+) -> None:
+    """Version 1.1 and flan: the config says untied, which means not rescaled, and transformers ties all the same."""
+    sizes = {**FAMILIES["t5"].sizes, "tie_word_embeddings": False}
+    monkeypatch.setitem(FAMILIES, "one", replace(FAMILIES[kind], sizes=sizes))
+    options = {
+        "rows": {"trainable_token_indices": [1, 5], "target_modules": ["q"]},
+        "head saved": {"modules_to_save": ["lm_head"], "target_modules": ["q"]},
+    }.get(change, {"target_modules": [change, "q"]})
+    wanted = carry(tmp_path, "one", own_head if head == "stored" else None, **options)
+    if head == "stored":
+        model = FAMILIES["one"].build()
+        own_head(model)
+        model.save_pretrained(tmp_path / "base")
+    config = config_of(tmp_path / "base")
+    write_json(tmp_path / "base" / "config.json", {**config, "tie_word_embeddings": False})
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    require_same(tmp_path / "out", wanted, FAMILIES["one"].inputs())
+
+
+def own_head(model: Any) -> None:
+    """Give a tied model a head of its own."""
+    generator = torch.Generator().manual_seed(9)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape, generator=generator) * 0.1)
+
+
+def test_which_layers_a_composite_model_ties_is_not_guessed(tmp_path: Path) -> None:
+    encoder, decoder = (transformers.BertConfig(**FAMILIES["bert"].sizes) for _ in range(2))
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    model = transformers.EncoderDecoderModel(config)
+    model.save_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["word_embeddings"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(lorasmith.Unsupported, match=r"word_embeddings.*ties"):
+        lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_norms_stored_under_their_old_names_are_replaced_where_they_are(tmp_path: Path) -> None:
+    wanted = carry(tmp_path, "bert", modules_to_save=["LayerNorm"], target_modules=["query"], task_type="TOKEN_CLS")
+    file = tmp_path / "base" / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    renamed = {}
+    for name, tensor in load_file(file).items():
+        tail = ".".join(name.split(".")[-2:])
+        renamed[name.removesuffix(tail) + old.get(tail, tail)] = tensor
+    save_file(renamed, file, {"format": "pt"})
+    report = lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert report.tensors_added == 0
+    require_same(tmp_path / "out", wanted, FAMILIES["bert"].inputs())
+
+
 # ------------------------------------------------------------------------------------------- trained whole
 
 
@@ -410,6 +509,22 @@ def test_a_grown_or_shrunk_vocabulary_is_the_adapted_model_s(tmp_path: Path, wha
     require_same(tmp_path / "out", wanted, FAMILIES[kind].inputs())
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_tokens_that_were_added_and_trained_by_rows_are_those_of_the_adapted_model(tmp_path: Path, kind: str) -> None:
+    options = {"trainable_token_indices": [61, 62, 63], "target_modules": ["q_proj"], "save_embedding_layers": True}
+    wanted = carry(tmp_path, kind, resized(64), **options)
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert config_of(tmp_path / "out")["vocab_size"] == 64
+    require_same(tmp_path / "out", wanted, FAMILIES[kind].inputs())
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5", "bert", "roberta"])
+def test_what_repeats_a_grown_embedding_grows_with_it(tmp_path: Path, kind: str) -> None:
+    wanted = carry(tmp_path, kind, resized(64), save_embedding_layers=True, target_modules=["q", "query"])
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    require_same(tmp_path / "out", wanted, FAMILIES[kind].inputs())
+
+
 def test_a_vocabulary_grown_at_one_end_only_is_refused(tmp_path: Path) -> None:
     carry(tmp_path, "llama", resized(64), modules_to_save=["embed_tokens"], target_modules=["q_proj"])
     file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -439,6 +554,7 @@ NEW_HEADS = {
     "Llama, two labels": ("llama", "LlamaForSequenceClassification", "SEQ_CLS", 2),
     "GPT-2, sequences": ("gpt2", "GPT2ForSequenceClassification", "SEQ_CLS", 4),
     "BERT without a head, questions": ("bert body", "BertForQuestionAnswering", "QUESTION_ANS", 2),
+    "DistilBERT, with a layer before its last": ("distilbert", "DistilBertForSequenceClassification", "SEQ_CLS", 3),
     "BERT without a head": ("bert body", "BertForSequenceClassification", "SEQ_CLS", 3),
     "BERT without a head, tokens": ("bert body", "BertForTokenClassification", "TOKEN_CLS", 7),
 }
@@ -462,6 +578,21 @@ def test_a_head_that_the_base_lacks_is_added_and_the_config_names_the_class_that
     lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert config_of(tmp_path / "out")["architectures"] == [model]
     require_same(tmp_path / "out", wanted, inputs)
+
+
+def test_a_classifier_retrained_for_other_labels_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    family = FAMILIES["vit"]
+    family.build().save_pretrained(tmp_path / "base")
+    found = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path / "base", num_labels=7, ignore_mismatched_sizes=True
+    )
+    adapted = get_peft_model(found, LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    draw(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = outputs(adapted.eval(), family.inputs())
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert len(config_of(tmp_path / "out")["id2label"]) == 7
+    require_same(tmp_path / "out", wanted, family.inputs())
 
 
 def test_a_new_layer_of_no_known_task_needs_the_name_of_its_class(tmp_path: Path) -> None:

@@ -41,12 +41,22 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may be in no encoding at all
             stream.reconfigure(errors="backslashreplace")
-    code = _run(args)
+    code = _run(args) if _is_somewhere() else 1
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # closed or full: what could be told was told
             if stream is not None:
                 stream.flush()
     os._exit(code)  # taking torch apart would cost 0.2 s, and the system frees everything anyway
+
+
+def _is_somewhere() -> bool:
+    """Whether the current folder exists; without one, libraries fail in their own ways."""
+    try:
+        os.getcwd()
+    except OSError:
+        error("the current folder is gone; change to one that exists")
+        return False
+    return True
 
 
 def _run(args: Sequence[str] | None) -> int:

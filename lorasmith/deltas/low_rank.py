@@ -199,7 +199,7 @@ class _OpenLowRank:
 
         self._products = delta.products
         self._dtype = dtype
-        self._readers = {entry.file: Reader(entry.file) for entry in delta.entries}
+        self._readers = {file: Reader(file) for file in {entry.file for entry in delta.entries}}
         rights = [
             one.right.read(self._readers[one.right.entry.file], slice(0, one.right.shape[0]), dtype)
             for one in delta.products

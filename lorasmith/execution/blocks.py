@@ -14,6 +14,7 @@ from math import prod
 from lorasmith.dtypes import itemsize
 from lorasmith.errors import BudgetTooSmall
 from lorasmith.records import Convert, Copy, Merge, Plan, Step, Write
+from lorasmith.rounding import SAMPLED_ROWS
 from lorasmith.safefile import PAGE
 
 BLOCK_ELEMENTS = 1 << 19
@@ -123,6 +124,7 @@ def _block_bytes(step: Convert) -> int:
         total += sum(term.delta.memory(height) for term in step.terms) * wide // 4
         if any(term.delta.needs_base for term in step.terms):
             total += elements * wide
+        total += 3 * min(height, SAMPLED_ROWS) * grid(step)[1] * wide  # base, delta and change of a sample
     return total
 
 

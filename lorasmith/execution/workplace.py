@@ -22,6 +22,7 @@ from lorasmith.execution.journal import Finished, Journal, heading
 from lorasmith.execution.renaming import exchange, identity, move_into, remove, sync_folder
 from lorasmith.records import Output, Plan, SideFile
 from lorasmith.rounding import Sample, summed
+from lorasmith.safefile import open_regular
 
 _BLOCK = 1 << 20
 
@@ -42,6 +43,7 @@ class Workplace:
         self._is_mount = os.path.dirname(folder) == target
         self._journal = journal
         self._single_file = False
+        self._plan: Plan | None = None
         self._finished: set[str] = set()
         self.samples: list[Sample] = []
         self.published = False
@@ -53,7 +55,7 @@ class Workplace:
 
         Raises OutputExists when something that must stay has come to the output meanwhile.
         """
-        self._single_file = plan.single_file
+        self._plan, self._single_file = plan, plan.single_file
         past = self._journal.read()
         ours = past.heading == heading(plan)
         if past.publishing is not None:
@@ -92,8 +94,10 @@ class Workplace:
         self.samples += whole
 
     def path(self, name: str) -> str:
-        """Where a file of the result is written, its folder made."""
+        """Where a file of the result is written, its folder made; never the result's own, which others took away."""
         path = self._within(self._result, name)
+        if not os.path.isdir(self._folder if self._single_file else self._result):
+            raise self._disturbed()
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
 
@@ -133,11 +137,19 @@ class Workplace:
     def publish(self) -> None:
         """Rename the finished result to the output, replacing what is there, and remove the partial folder."""
         if not self.published:
+            if self._plan is None or not self._holds(self._result, self._plan):
+                raise self._disturbed()
             sync_folder(self._folder)
             self._journal.publish(identity(self._result))
             self._swap()
             self.published = True
         self.remove()
+
+    def _disturbed(self) -> IOFailed:
+        return IOFailed(
+            errno.ENOENT,
+            f"{self._folder}, in which {self._out} grows, was removed or emptied by others; run the same command again",
+        )
 
     def _swap(self) -> None:
         """Make the result the output; after a kill at any point ``_finish_publishing`` does the rest."""
@@ -280,14 +292,19 @@ def _copy(file: SideFile, fd: int) -> None:
     """Copy a side file, making sure that it is still what was planned."""
     assert file.source is not None
     sha = hashlib.sha256()
-    with open(file.source, "rb") as stream:
+    changed = InputChanged(f"{file.source} was changed while its model was being merged; run the same command again")
+    try:
+        source = open_regular(file.source)
+    except LorasmithError as error:
+        raise changed from error
+    with source as stream:
         while block := stream.read(_BLOCK):
             sha.update(block)
             view = memoryview(block)
             while view:
                 view = view[os.write(fd, view) :]
     if sha.hexdigest() != file.sha256:
-        raise InputChanged(f"{file.source} was changed while its model was being merged; run the same command again")
+        raise changed
 
 
 def _first_missing(folder: str) -> str | None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from lorasmith.errors import BadFile
 
-MOST_WAYS = 10**8
-"""About a second's worth. ``layers.*self_attn.(q|k|v|o)_proj`` has thousands."""
+MOST_WAYS = 10**9
+"""Some seconds' worth at worst; most patterns take far less than estimated. ``layers.*attn.(q|k|v)`` has thousands."""
 
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\??|\)[*+{]?|[*+{]\??|\?|\|", re.DOTALL)
 """Escapes and sets, which choose nothing, and what does: groups, repetitions, alternatives."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lorasmith.adapter import Adapter, ModuleDelta, digest
@@ -21,12 +22,14 @@ from lorasmith.dtypes import FLOATS
 from lorasmith.errors import AdapterMismatch, BadFile, Unsupported, listed
 from lorasmith.formats.factors import BIAS, Parts, read_modules
 from lorasmith.formats.scales import Scales
-from lorasmith.safefile import Header, TensorEntry, parse_json, read_json
+from lorasmith.safefile import Header, TensorEntry, equal_bytes, parse_json, read_json
 
 ROLES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _ROLE = re.compile(rf"^(?P<module>.*?)\.?\b(?P<role>{'|'.join(ROLES)})(?P<rest>(?:\.[^.]+){{0,3}})\Z", re.DOTALL)
+
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base: an unconverted adapter is relative to that changed base."""
@@ -72,8 +75,9 @@ def read(path: str, header: Header) -> Adapter:
     _require_magnitudes(where, config, modules)
     scales = Scales(where, config, known=config_source is not None)
     deltas = list(read_modules(header.file, where, modules, scales, config))
-    whole = [_replacement(config, name, entry) for name, entry in others.items()]
-    deltas += sorted(whole, key=lambda one: not one.shared)
+    rows = [name for name in others if name.endswith(TOKEN_ROWS)]
+    whole = [_replacement(config, name, entry, rows) for name, entry in others.items()]
+    deltas += _distinct(header.file, sorted(whole, key=lambda one: not one.shared))
     names_base = config.get("base_model_name_or_path")
     flag = config.get("fan_in_fan_out")
     return Adapter(
@@ -217,34 +221,54 @@ def _sort_tensors(header: Header) -> tuple[dict[str, Parts], dict[str, TensorEnt
     return modules, others, ignored
 
 
-def _replacement(config: Mapping[str, Any], name: str, entry: TensorEntry) -> ModuleDelta:
-    """What a tensor that is stored whole stands for.
+def _replacement(config: Mapping[str, Any], name: str, entry: TensorEntry, rows: Sequence[str]) -> ModuleDelta:
+    """What a tensor that is stored whole stands for; those named in ``rows`` hold rows of tokens.
 
     Its name is the parameter's (``modules_to_save``, ``bias``, grown embeddings), perhaps with a mark in it:
     ``base_layer`` of a layer that has a LoRA as well, ``modules_to_save`` in state dicts, ``token_adapter`` of rows.
     """
-    if name.endswith(".token_adapter.trainable_tokens_delta"):
-        module = name.removesuffix(".token_adapter.trainable_tokens_delta")
-        rows = TokenRows(entry, _tokens(config, module, entry), (0, math.prod(entry.shape[1:])))
-        return ModuleDelta(module, "weight", rows, (entry.name,), True, shared=True)
+    if name in rows:
+        module = name.removesuffix(TOKEN_ROWS)
+        delta = TokenRows(entry, _tokens(config, module, entry, rows), (0, math.prod(entry.shape[1:])))
+        return ModuleDelta(module, "weight", delta, (entry.name,), True, shared=True)
+    name = name.replace(".token_adapter.base_layer.", ".base_layer.")
     if re.search(r"(^|\.)(lora_|ia3_|hada_|lokr_|vera_|oft_|boft_|prompt_)", name) or ".token_adapter." in name:
         raise Unsupported(
             f"{entry.file}: tensor {entry.name!r} is of no kind that is known; it would be lost, so nothing was merged"
         )
+    # what stands under its own name and was not to be saved as a module is the base's, as save_embedding_layers has it
     plain = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name)
-    shared = ".base_layer." in plain
     module, _, parameter = plain.replace(".base_layer.", ".").rpartition(".")
     saved = config.get("modules_to_save")
     named = [one for one in saved if isinstance(one, str)] if isinstance(saved, list) else []
     new = any(one in module.split(".") or module.endswith(one) for one in named)
+    shared = ".base_layer." in plain or bool(config and not new and plain == name)
     return ModuleDelta(module, parameter, Replacement(entry), (entry.name,), True, shared=shared, may_be_new=new)
 
 
-def _tokens(config: Mapping[str, Any], module: str, entry: TensorEntry) -> tuple[int, ...]:
-    """The tokens whose rows a tensor holds, in its order."""
+def _distinct(file: str, deltas: Sequence[ModuleDelta]) -> list[ModuleDelta]:
+    """The deltas without those that say again what another has said, as ``bias="all"`` does of saved modules."""
+    distinct: list[ModuleDelta] = []
+    places: dict[tuple[str, str], int] = {}
+    for one in deltas:
+        place = places.setdefault((one.module, one.parameter), len(distinct))
+        first = distinct[place] if place < len(distinct) else None
+        if first is None or not (isinstance(one.delta, Replacement) and isinstance(first.delta, Replacement)):
+            distinct.append(one)
+        elif equal_bytes(one.delta.new, first.delta.new):
+            distinct[place] = replace(first, tensors=(*first.tensors, *one.tensors))
+        else:
+            raise BadFile(f"{file}: {first.tensors[0]!r} and {one.tensors[0]!r} are for one parameter, and differ")
+    return distinct
+
+
+def _tokens(config: Mapping[str, Any], module: str, entry: TensorEntry, rows: Sequence[str]) -> tuple[int, ...]:
+    """The tokens whose rows a tensor holds, in its order; ``rows`` are all tensors that hold such."""
     wanted = config.get("trainable_token_indices")
     if isinstance(wanted, Mapping):
         fits = [key for key in wanted if module == key or module.endswith(f".{key}")]
+        if not fits and len(wanted) == 1 and len(rows) > 1:  # of a tied layer's rows, the config names the other end
+            fits = [*wanted]
         wanted = wanted[max(fits, key=len)] if fits else None
     if not isinstance(wanted, list) or not all(type(one) is int and one >= 0 for one in wanted):
         raise BadFile(

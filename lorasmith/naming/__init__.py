@@ -18,6 +18,9 @@ from lorasmith.errors import AdapterMismatch, listed
 from lorasmith.naming.renamings import runtime_name
 from lorasmith.safefile import TensorEntry
 
+_COMPARED = 5000
+"""Names that a missing one is compared with, to tell the nearest."""
+
 
 @dataclass(frozen=True)
 class Match:
@@ -66,7 +69,7 @@ def _bind(adapter: Adapter, wanted: Sequence[str], names: Mapping[str, TensorEnt
     fits: list[tuple[str, str]] = []
     for strip, add in _prefix_rules(wanted, names):
         moves = ((name, _move(name, strip, add)) for name in wanted)
-        found = {name: names[moved] for name, moved in moves if moved is not None and moved in names}
+        found = {name: names[moved] for name, moved in moves if moved in names}
         if len(found) > len(best):
             best, fits = found, [(strip, add)]
         elif fits and len(found) == len(best):
@@ -80,8 +83,9 @@ def _bind(adapter: Adapter, wanted: Sequence[str], names: Mapping[str, TensorEnt
     return best
 
 
-def _move(name: str, strip: str, add: str) -> str | None:
-    return add + name.removeprefix(strip) if name.startswith(strip) else None
+def _move(name: str, strip: str, add: str) -> str:
+    """The name under a rule; what does not have the prefix stands outside of it, as a head does."""
+    return add + name.removeprefix(strip) if name.startswith(strip) else name
 
 
 def _prefix_rules(wanted: Sequence[str], names: Iterable[str]) -> list[tuple[str, str]]:
@@ -106,7 +110,9 @@ def _tail(name: str) -> str:
 def _describe(adapter: Adapter, checkpoint: Checkpoint, left: list[ModuleDelta], some: bool) -> str:
     missing = [name for one in left for name in one.tensors]
     wanted = f"{left[0].module}.{left[0].parameter}"
-    near = difflib.get_close_matches(wanted, [entry.name for entry in checkpoint.entries], n=2, cutoff=0.5)
+    alike = [entry.name for entry in checkpoint.entries if _tail(entry.name) == _tail(wanted)]
+    names = alike or [entry.name for entry in checkpoint.entries]
+    near = difflib.get_close_matches(wanted, names[:_COMPARED], n=2, cutoff=0.5)
     total = adapter.tensor_count
     text = f"{adapter.path}: {len(missing)} of {total} tensors have no weight in {checkpoint.path}: {listed(missing)}. "
     if near:

@@ -28,6 +28,7 @@ RENAMINGS = dict.fromkeys(
 
 def runtime_name(config: Mapping[str, Any], name: str) -> str:
     """The name a stored tensor has in the running model; its parts (``encoder``, ``decoder``) have their own config."""
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
     first, dot, rest = name.partition(".")
     part = config.get(first)
     if dot and isinstance(part, Mapping):

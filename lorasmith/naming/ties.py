@@ -28,6 +28,14 @@ HEADS = (
 RESCALED = ("t5", "longt5", "pop2piano", "switch_transformers")
 """Model types that multiply what a tied head is given by 1/√d_model, and what an untied one is given not."""
 
+FORCED = ("t5", "mt5", "umt5", "longt5", "udop", "pop2piano")
+"""Model types that tie whatever their config says, but for a head that is stored with values of its own."""
+
+_COMPOSITE = re.compile(
+    r"^(Vision|Speech)?EncoderDecoder|^(Instruct)?Blip(2|Video|For)|^InstructBlip|^Musicgen|^Rag[TSM]"
+)
+"""Classes that tie what the classes of their parts tie, which the table knows for one choice of parts only."""
+
 _HEADLESS = re.compile(r"(?<!MT)Model$|(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$")
 _HEADED = re.compile(r"Head|EncoderDecoder|^Bark")
 """How the names of classes end that have no output head over the vocabulary, and exceptions to it."""
@@ -42,20 +50,35 @@ def _table() -> tuple[Mapping[str, tuple[Mapping[str, str], bool]], frozenset[st
     return tied, frozenset(facts["untied"])
 
 
-def ties_of(config: Mapping[str, Any], architecture: str | None, names: Sequence[str]) -> Mapping[str, str]:
-    """Tied parameters of a model that stores these ``names``, to the one each repeats; none if its config says so."""
+def ties_of(config: Mapping[str, Any], architecture: str | None, names: Sequence[str]) -> Mapping[str, str] | None:
+    """Tied parameters of a model that stores these ``names``, to the one each repeats; none if its config says so.
+
+    None where it cannot be known.
+    """
+    if _COMPOSITE.search(architecture or ""):
+        return None
     tied, untied = _table()
     ties, default = tied.get(architecture or "", ({}, False))
     if not ties and architecture not in untied:
         ties, default = _likely(architecture, names), True
-    flag = _flag(config)
+    flag = True if config.get("model_type") in FORCED else _flag(config)
     return ties if (default if flag is None else flag) else {}
+
+
+def with_head(architecture: str, endings: Sequence[str]) -> str | None:
+    """The class of the table that puts a head on a headless one: ``GPT2LMHeadModel`` for ``GPT2Model``."""
+    tied, untied = _table()
+    if not architecture.endswith("Model"):
+        return None
+    names = (architecture.removesuffix("Model") + ending for ending in endings)
+    return next((name for name in names if name in tied or name in untied), None)
 
 
 def gain(config: Mapping[str, Any]) -> float:
     """What the weight of a head must be multiplied with when it is untied, so that the logits stay what they were."""
     width = config.get("d_model")
-    if config.get("model_type") in RESCALED and isinstance(width, (int, float)) and width > 0:
+    rescales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)) is not False
+    if config.get("model_type") in RESCALED and rescales and isinstance(width, (int, float)) and width > 0:
         return float(width**-0.5)
     return 1.0
 
