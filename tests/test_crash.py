@@ -122,7 +122,7 @@ def _command(trap: Trap, arguments: list[str], stderr: str) -> None:
     main(arguments)
 
 
-def _process(target: Callable[..., None], *arguments: Any) -> Any:
+def forked(target: Callable[..., None], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "lorasmith.merging", "lorasmith.cli", "safetensors.torch", "pytest"])
     process = context.Process(target=target, args=arguments)
@@ -133,7 +133,7 @@ def _process(target: Callable[..., None], *arguments: Any) -> Any:
 def run(*arguments: Any, trap: Trap = Trap(), exchange: bool = True, **options: Any) -> End:
     """Merge in a process of its own, until it ends or the trap springs."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = _process(_merge, theirs, trap, exchange, arguments, options)
+    process = forked(_merge, theirs, trap, exchange, arguments, options)
     theirs.close()
     outcome: tuple[Any, ...] = ()
     with contextlib.suppress(EOFError):
@@ -517,7 +517,7 @@ def test_ctrl_c_ends_the_console_script_with_130_and_one_line(tmp_path: Path, bi
 
 def command(words: list[str], stderr: Path, trap: Trap) -> tuple[int, str]:
     """Exit code and stderr of a command line, run in a process of its own."""
-    process = _process(_command, trap, words, str(stderr))
+    process = forked(_command, trap, words, str(stderr))
     process.join()
     return process.exitcode, stderr.read_text()
 
@@ -963,7 +963,7 @@ def test_a_write_that_fails_leaves_what_is_finished_for_a_rerun(tmp_path: Path, 
     out = tmp_path / "out"
     ours, theirs = multiprocessing.Pipe(duplex=False)
     arguments = (job.base, job.lora.folder, out)
-    _process(_merge_with_file_limit, theirs, sizes[-1] - 1, arguments, {**job.options, "threads": 1}).join()
+    forked(_merge_with_file_limit, theirs, sizes[-1] - 1, arguments, {**job.options, "threads": 1}).join()
     error = ours.recv()
     assert isinstance(error, lorasmith.IOFailed)
     assert "run the same command again" in str(error)
