@@ -244,19 +244,15 @@ def _require_known_ties(checkpoint: Checkpoint, structure: Structure, drafts: Ma
 
 def _settle_ties(structure: Structure, stored: Set[str], drafts: dict[str, _Draft]) -> set[str]:
     """Names of the tied tensors that must be stored one by one; of those that change alike, one draft remains."""
-    groups = {structure.ties[member]: structure.group(member) for member in structure.ties}
-    loose: set[str] = set()
-    for source, names in groups.items():
-        if not any(name in drafts for name in names):
-            continue
-        if all(_is_same(structure, drafts, source, name) for name in names):
-            for name in set(names) - stored:
-                drafts.pop(name, None)
-        else:
-            loose.update(names)
-    if loose:  # the flag is one for all ties of a model
-        loose.update(*groups.values())
-    return loose
+    groups = [structure.group(source) for source in set(structure.ties.values())]
+    names = {name for group in groups for name in group}
+    for group in groups:
+        touched = not drafts.keys().isdisjoint(group)
+        if touched and not all(_is_same(structure, drafts, group[0], name) for name in group):
+            return names  # of all groups: the flag is one for all ties of a model
+    for name in names - stored:
+        drafts.pop(name, None)
+    return set()
 
 
 def _is_same(structure: Structure, drafts: Mapping[str, _Draft], source: str, member: str) -> bool:

@@ -370,6 +370,7 @@ WHOLE = {
     "a classifier": ("vit", {"modules_to_save": ["classifier"], "target_modules": ["q_proj"]}),
     "all biases": ("opt", {"bias": "all"}),
     "all biases of a tied head": ("bert", {"bias": "all", "target_modules": ["query"]}),
+    "all biases, and one end of a tie": ("bert", {"bias": "all", "target_modules": ["query", "word_embeddings"]}),
     "biases of adapted layers": ("opt", {"bias": "lora_only"}),
     "biases of some layers": ("qwen2", {"bias": "lora_only"}),
     "rows of tied embeddings": ("qwen2", {"trainable_token_indices": [1, 5, 60]}),
