@@ -830,6 +830,20 @@ def change_tensors(adapter: Path, changes: Mapping[str, torch.Tensor | None]) ->
     save_file({name: one for name, one in tensors.items() if one is not None}, file, {"format": "pt"})
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_folder_of_several_adapters_lists_them_in_the_order_of_their_numbers(tmp_path: Path, pickled: bool) -> None:
+    case = make_case(tmp_path, "llama", target_modules=["q_proj"])
+    for step in (100, 1000, 500):
+        one = tmp_path / "run" / f"checkpoint-{step}"
+        rewrite(case.adapter, one, lambda name: name.replace("base_model.model.", ""))
+        if pickled:
+            torch.save(load_file(one / "adapter_model.safetensors"), one / "adapter_model.bin")
+            (one / "adapter_model.safetensors").unlink()
+    with pytest.raises(lorasmith.MissingFile, match=r"holds 3.*checkpoint-100, .*checkpoint-500, .*checkpoint-1000;"):
+        lorasmith.merge(case.base, tmp_path / "run", tmp_path / "out")
+    lorasmith.merge(case.base, tmp_path / "run" / "checkpoint-500", tmp_path / "out")
+
+
 def test_a_pickled_adapter_means_the_same_bytes(tmp_path: Path) -> None:
     case = make_case(tmp_path, "llama")
     plain = merge(case, tmp_path / "plain")

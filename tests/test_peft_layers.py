@@ -78,6 +78,17 @@ LAYERS = {
          "image_size": 32, "patch_size": 8},
         ("head.attention", "patch_embedding", "v_proj"), lambda: {"pixel_values": pixels(2, 3, 32, 32)},
     ),
+    "clip": Family(
+        "CLIPModel", "CLIPConfig",
+        {
+            "text_config": {**BERT_SIZES, "eos_token_id": 60, "projection_dim": 20},
+            "vision_config": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1,
+                              "num_attention_heads": 4, "image_size": 32, "patch_size": 8, "projection_dim": 20},
+            "projection_dim": 20,
+        },
+        ("q_proj", "out_proj", "fc1", "patch_embedding", "visual_projection"),
+        tokens(pixel_values=pixels(2, 3, 32, 32)),
+    ),
     "roberta": Family(
         "RobertaForSequenceClassification", "RobertaConfig", BERT_SIZES, ("query", "value", "dense"), tokens()
     ),

@@ -28,6 +28,9 @@ class Dialect(Protocol):
 FORMATS: dict[str, Dialect] = {"peft": peft}
 """Every dialect that can be read, by its name."""
 
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""What a folder's tensors are called; the first that is there counts, as with PEFT."""
+
 _FOREIGN = (
     (re.compile(r"^lora_(unet|te\d?|transformer)_|\.lora_(up|down)\.weight$"), "a kohya (sd-scripts) LoRA"),
     (re.compile(r"\.(hada_w|lokr_w)"), "a LyCORIS adapter (LoHa or LoKr)"),
@@ -55,11 +58,11 @@ def read_adapter(path: str) -> Adapter:
 
 def _adapter_file(folder: str) -> str:
     names = names_in(folder)
-    if "adapter_model.safetensors" in names:
-        return os.path.join(folder, "adapter_model.safetensors")
-    if "adapter_model.bin" in names:
-        return os.path.join(folder, "adapter_model.bin")
-    inner = [name for name in names if os.path.isfile(os.path.join(folder, name, "adapter_model.safetensors"))]
+    for file in ADAPTER_FILES:
+        if file in names:
+            return os.path.join(folder, file)
+    inner = [name for name in names if any(os.path.isfile(os.path.join(folder, name, file)) for file in ADAPTER_FILES)]
+    inner.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
     if inner:
         raise MissingFile(
             f"{folder} is not an adapter itself but holds {len(inner)}: "
