@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasmith.errors import BadFile, IOFailed, LorasmithError, MissingFile, Unsupported, listed
-from lorasmith.safefile import Header, TensorEntry, load_json, read_json
+from lorasmith.jsonfile import load_json, read_json
+from lorasmith.safefile import Header, TensorEntry
 from lorasmith.weightfile import read_weights
 
 INDEX_SUFFIX = ".safetensors.index.json"

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from lorasmith.errors import BadFile, IOFailed, LorasmithError, Unsupported, listed
-from lorasmith.safefile import MAX_HEADER, Header, TensorEntry, open_regular
+from lorasmith.jsonfile import MAX_HEADER, open_regular
+from lorasmith.safefile import Header, TensorEntry
 
 if TYPE_CHECKING:
     import torch

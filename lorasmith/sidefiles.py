@@ -11,8 +11,8 @@ from lorasmith.adapter import Adapter
 from lorasmith.checkpoint import TOKENIZER_FILES, Checkpoint
 from lorasmith.dtypes import NAMES
 from lorasmith.errors import BadOption, listed
+from lorasmith.jsonfile import open_regular
 from lorasmith.records import SideFile
-from lorasmith.safefile import open_regular
 
 PROVENANCE = "lorasmith.json"
 

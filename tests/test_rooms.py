@@ -33,6 +33,7 @@ ROOMS = (
     "weightfile",
     "picklefile",
     "safefile",
+    "jsonfile",
     "dtypes",
     "errors",
 )

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Sequence
 
 from lorasmith.errors import BadOption, LorasmithError, OutputExists
-from lorasmith.safefile import read_header, read_json
+from lorasmith.jsonfile import read_json
+from lorasmith.safefile import read_header
 
 JOURNAL, RESULT, REPLACED = "journal", "result", "replaced"
 """What a partial folder holds: the journal, the result, and for a moment what the result replaces."""

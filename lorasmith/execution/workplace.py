@@ -20,9 +20,9 @@ from lorasmith.errors import InputChanged, IOFailed, LorasmithError, NoSpace, Ou
 from lorasmith.execution.destination import JOURNAL, REPLACED, RESULT, is_empty, partial_folder, require_free
 from lorasmith.execution.journal import Finished, Journal, heading
 from lorasmith.execution.renaming import exchange, identity, move_into, remove, sync_folder
+from lorasmith.jsonfile import open_regular
 from lorasmith.records import Output, Plan, SideFile
 from lorasmith.rounding import Sample, summed
-from lorasmith.safefile import open_regular
 
 _BLOCK = 1 << 20
 

@@ -22,7 +22,8 @@ from lorasmith.dtypes import FLOATS
 from lorasmith.errors import AdapterMismatch, BadFile, Unsupported, listed
 from lorasmith.formats.factors import BIAS, Parts, read_modules
 from lorasmith.formats.scales import Scales
-from lorasmith.safefile import Header, TensorEntry, equal_bytes, parse_json, read_json
+from lorasmith.jsonfile import parse_json, read_json
+from lorasmith.safefile import Header, TensorEntry, equal_bytes
 
 ROLES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
