@@ -18,13 +18,13 @@ MAX_DEPTH = 64
 
 _FOREIGN = (
     (b"version https://git-lfs.github.com", "is a Git LFS pointer, not the file; fetch the file with: git lfs pull"),
-    (b"PK\x03\x04", "is a zip archive, as torch.save writes; save the model as safetensors"),
-    (b"\x80\x02", "is a pickle, as torch.save wrote before 1.6; save the model as safetensors"),
-    (b"GGUF", "is a GGUF file; give the safetensors model it was made from"),
+    (b"PK\x03\x04", "is a zip archive, and not one that torch.save wrote"),
+    (b"\x80", "is a pickle, but not one that torch.save wrote; only state dicts saved by torch can be read"),
+    (b"GGUF", "is a GGUF file; give the model it was made from"),
     (b"<!", "is a web page, as a failed download leaves it; fetch the file again"),
     (b"<html", "is a web page, as a failed download leaves it; fetch the file again"),
 )
-"""How files begin that are mistaken for safetensors or JSON, and what to say."""
+"""How files begin that are mistaken for weights or JSON, and what to say."""
 
 
 def open_regular(file: str) -> Any:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from lorasmith.errors import BadFile, IOFailed, LorasmithError, Unsupported, listed
-from lorasmith.jsonfile import MAX_HEADER, open_regular
+from lorasmith.jsonfile import MAX_HEADER, open_regular, refuse_foreign
 from lorasmith.safefile import Header, TensorEntry
 
 if TYPE_CHECKING:
@@ -53,15 +53,6 @@ _CODES = {
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 """The pickle of torch's magic number, with which every file of torch 0.4 to 1.5 begins."""
-
-_FOREIGN = (
-    (b"version https://git-lfs.github.com", "is a Git LFS pointer, not the file; fetch the file with: git lfs pull"),
-    (b"GGUF", "is a GGUF file; give the model it was made from"),
-    (b"<!", "is a web page, as a failed download leaves it; fetch the file again"),
-    (b"<html", "is a web page, as a failed download leaves it; fetch the file again"),
-    (b"\x80", "is a pickle, but not one that torch.save wrote; only state dicts saved by torch can be read"),
-)
-"""How files begin that are mistaken for torch.save's, and what to say."""
 
 _ALIGNMENT = 64
 """torch.save starts every storage at a multiple of this; what repacked the archive hardly does."""
@@ -164,9 +155,7 @@ def _require_torchs(file: str, beginning: bytes, size: int) -> None:
         return
     if beginning[8:9] == b"{":
         raise BadFile(f"{file} is a safetensors file under another name; give it the ending .safetensors")
-    for start, what in _FOREIGN:
-        if beginning.startswith(start):
-            raise BadFile(f"{file} {what}")
+    refuse_foreign(file, beginning)
     raise BadFile(
         f"{file} ({size:,} bytes) is no file that torch.save wrote; is it damaged, or only partly downloaded?"
     )

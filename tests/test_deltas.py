@@ -19,7 +19,7 @@ import lorasmith.deltas
 from lorasmith.deltas import Delta
 from lorasmith.deltas.addition import Addition
 from lorasmith.deltas.dora import Dora
-from lorasmith.deltas.low_rank import Factor, LowRank, Product, lora, stack
+from lorasmith.deltas.low_rank import Factor, LowRank, Product, stack
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.deltas.token_rows import TokenRows
 from lorasmith.safefile import TensorEntry, read_header
@@ -27,6 +27,11 @@ from lorasmith.safefile import TensorEntry, read_header
 ROWS, COLUMNS, RANK = 36, 48, 6
 
 Entries = dict[str, TensorEntry]
+
+
+def lora(a: TensorEntry, b: TensorEntry, scale: float) -> LowRank:
+    """``scale · B · A`` with A of shape (rank, in) and B of shape (out, rank)."""
+    return LowRank((Product(Factor(b), Factor(a), scale),))
 
 
 @dataclass(frozen=True)

@@ -183,11 +183,6 @@ class LowRank:
         return _OpenLowRank(self, dtype)
 
 
-def lora(a: TensorEntry, b: TensorEntry, scale: float) -> LowRank:
-    """``ΔW = scale · B · A`` with A of shape (rank, in) and B of shape (out, rank)."""
-    return LowRank((Product(Factor(b), Factor(a), scale),))
-
-
 def stack(deltas: list[tuple[LowRank, float]]) -> LowRank:
     """``Σ factor · delta`` as one delta."""
     return LowRank(tuple(one for delta, factor in deltas for one in delta.scaled(factor).products))

@@ -237,12 +237,12 @@ def _replacement(config: Mapping[str, Any], name: str, entry: TensorEntry, rows:
         raise Unsupported(
             f"{entry.file}: tensor {entry.name!r} is of no kind that is known; it would be lost, so nothing was merged"
         )
-    # what stands under its own name and was not to be saved as a module is the base's, as save_embedding_layers has it
     plain = re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name)
     module, _, parameter = plain.replace(".base_layer.", ".").rpartition(".")
     saved = config.get("modules_to_save")
     named = [one for one in saved if isinstance(one, str)] if isinstance(saved, list) else []
     new = any(one in module.split(".") or module.endswith(one) for one in named)
+    # what stands under its own name and was not to be saved as a module is the base's, as save_embedding_layers has it
     shared = ".base_layer." in plain or bool(config and not new and plain == name)
     return ModuleDelta(module, parameter, Replacement(entry), (entry.name,), True, shared=shared, may_be_new=new)
 
