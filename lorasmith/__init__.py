@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lorasmith.adapter import Adapter
     from lorasmith.errors import (
         AdapterMismatch,
         BadFile,
@@ -32,9 +33,15 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from lorasmith.merging import merge, plan
+    from lorasmith.mixing import interference, mix, resize
     from lorasmith.records import (
         AdapterUse,
+        Interference,
         MergeReport,
+        MixedAdapter,
+        MixedModule,
+        MixReport,
+        ModuleInterference,
         Plan,
         Progress,
         Survival,
@@ -43,10 +50,17 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "lorasmith.adapter": ("Adapter",),
     "lorasmith.merging": ("merge", "plan"),
+    "lorasmith.mixing": ("interference", "mix", "resize"),
     "lorasmith.records": (
         "AdapterUse",
+        "Interference",
         "MergeReport",
+        "MixReport",
+        "MixedAdapter",
+        "MixedModule",
+        "ModuleInterference",
         "Plan",
         "Progress",
         "Survival",
@@ -72,6 +86,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Adapter",
     "AdapterMismatch",
     "AdapterUse",
     "BadFile",
@@ -79,9 +94,14 @@ __all__ = [
     "BudgetTooSmall",
     "IOFailed",
     "InputChanged",
+    "Interference",
     "LorasmithError",
     "MergeReport",
     "MissingFile",
+    "MixReport",
+    "MixedAdapter",
+    "MixedModule",
+    "ModuleInterference",
     "NoSpace",
     "NotFinite",
     "OutputBusy",
@@ -93,8 +113,11 @@ __all__ = [
     "TensorSurvival",
     "Unsupported",
     "__version__",
+    "interference",
     "merge",
+    "mix",
     "plan",
+    "resize",
 ]
 
 

@@ -94,6 +94,7 @@ def read(path: str, header: Header) -> Adapter:
         residual=_residual(config),
         side_files=_side_files(path),
         warnings=(*scales.unsure, *_unknown(where, config)),
+        metadata=header.metadata,
     )
 
 
