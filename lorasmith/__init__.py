@@ -32,10 +32,13 @@ if TYPE_CHECKING:
         OutputExists,
         Unsupported,
     )
+    from lorasmith.extracting import extract
     from lorasmith.merging import merge, plan
     from lorasmith.mixing import interference, mix, resize
     from lorasmith.records import (
         AdapterUse,
+        ExtractedModule,
+        ExtractReport,
         Interference,
         MergeReport,
         MixedAdapter,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
         ModuleInterference,
         Plan,
         Progress,
+        StoredTensor,
         Survival,
         TargetGroup,
         TensorSurvival,
@@ -51,10 +55,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "lorasmith.adapter": ("Adapter",),
+    "lorasmith.extracting": ("extract",),
     "lorasmith.merging": ("merge", "plan"),
     "lorasmith.mixing": ("interference", "mix", "resize"),
     "lorasmith.records": (
         "AdapterUse",
+        "ExtractReport",
+        "ExtractedModule",
         "Interference",
         "MergeReport",
         "MixReport",
@@ -63,6 +70,7 @@ _HOME = {
         "ModuleInterference",
         "Plan",
         "Progress",
+        "StoredTensor",
         "Survival",
         "TargetGroup",
         "TensorSurvival",
@@ -92,6 +100,8 @@ __all__ = [
     "BadFile",
     "BadOption",
     "BudgetTooSmall",
+    "ExtractReport",
+    "ExtractedModule",
     "IOFailed",
     "InputChanged",
     "Interference",
@@ -108,11 +118,13 @@ __all__ = [
     "OutputExists",
     "Plan",
     "Progress",
+    "StoredTensor",
     "Survival",
     "TargetGroup",
     "TensorSurvival",
     "Unsupported",
     "__version__",
+    "extract",
     "interference",
     "merge",
     "mix",

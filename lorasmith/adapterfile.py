@@ -18,6 +18,7 @@ from lorasmith.execution.workplace import claim
 from lorasmith.formats.writing import Site, longest_config
 from lorasmith.growingfile import GrowingFile
 from lorasmith.records import Output, SideFile
+from lorasmith.safefile import Reader, TensorEntry
 from lorasmith.sidefiles import PROVENANCE, written
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ INSIDE = "lora_adapter_metadata"
 
 SUFFIXES = (".safetensors", ".st", ".sft")
 """Endings of an output that is to be one file; any other is a folder."""
+
+_BLOCK = 4 << 20
 
 Whole = tuple[str, str, tuple[int, ...]]
 """A tensor that is no factor: its name, format code and shape."""
@@ -103,6 +106,18 @@ class AdapterFile:
         """Append bytes of the tensor that was begun last."""
         self._file.write(data)
 
+    def copy(self, name: str, entry: TensorEntry) -> None:
+        """Append a tensor as it is stored elsewhere."""
+        self.begin((name, entry.dtype, entry.shape))
+        reader, buffer = Reader(entry.file), memoryview(bytearray(min(_BLOCK, entry.nbytes)))
+        try:
+            for start in range(0, entry.nbytes, _BLOCK):
+                block = buffer[: min(_BLOCK, entry.nbytes - start)]
+                reader.into(block, entry.start + start)
+                self.write(block)
+        finally:
+            reader.close()
+
     def finish(self) -> tuple[int, dict[str, Any]]:
         """Write the header and return once all is on the disk: the file's size in bytes, and the config."""
         config = self._config(self._ranks)
@@ -149,12 +164,18 @@ def is_file(out: str) -> bool:
 
 @contextlib.contextmanager
 def open_spot(
-    out: str | None, digest: str, inputs: Sequence[tuple[str, int, int]], *, overwrite: bool
+    out: str | None,
+    digest: str,
+    inputs: Sequence[tuple[str, int, int]],
+    *,
+    overwrite: bool,
+    beside: Sequence[SideFile] = (),
 ) -> Iterator[Spot | None]:
     """A place to write an adapter to for the time of a ``with`` block; what is not finished does not appear.
 
     ``digest`` names the result and ``inputs`` are the stamps of what it is made from: None is given where an earlier
-    run has finished all of it. Without ``out``, the file is in a temporary folder, which is the caller's to remove.
+    run has finished all of it. ``beside`` are more files for a folder. Without ``out``, the file is in a temporary
+    folder, which is the caller's to remove.
     """
     if out is None:
         folder = tempfile.mkdtemp(prefix="lorasmith-")
@@ -170,7 +191,8 @@ def open_spot(
 
         def finish(config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
             texts = {} if inside else {CONFIG: config, PROVENANCE: record}
-            place.write_side_files([written(name, dumped(facts) + "\n") for name, facts in texts.items()])
+            files = [written(name, dumped(facts) + "\n") for name, facts in texts.items()]
+            place.write_side_files([*files, *(() if inside else beside)])
             place.publish()
 
         yield None if place.published else Spot(place.path(WEIGHTS), inside, finish)

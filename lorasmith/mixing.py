@@ -34,12 +34,9 @@ from lorasmith.lowrank import Criterion, allocate
 from lorasmith.mixture import Mixture, Module, Whole, gather, saved_modules, trained_tokens
 from lorasmith.recompression import Made, Request, folded, folds_left, make, singular_values, walk
 from lorasmith.records import Interference, MixedAdapter, MixedModule, MixReport, Progress
-from lorasmith.safefile import Reader
 
 if TYPE_CHECKING:
     import torch
-
-_BLOCK = 4 << 20
 
 
 def mix(
@@ -357,21 +354,12 @@ def _shape(whole: Whole) -> tuple[str, str, tuple[int, ...]]:
 
 def _write_wholes(file: AdapterFile, wholes: Iterable[Whole]) -> None:
     for whole in sorted(wholes, key=lambda one: -itemsize(_shape(one)[1])):
+        if not whole.parts:
+            file.copy(whole.name, whole.stored)
+            continue
         file.begin(_shape(whole))
-        for block in _weighed(whole) if whole.parts else _stored(whole):
+        for block in _weighed(whole):
             file.write(block)
-
-
-def _stored(whole: Whole) -> Iterator[memoryview]:
-    """A tensor's bytes as they are."""
-    reader, buffer = Reader(whole.stored.file), memoryview(bytearray(_BLOCK))
-    try:
-        for start in range(0, whole.stored.nbytes, _BLOCK):
-            block = buffer[: min(_BLOCK, whole.stored.nbytes - start)]
-            reader.into(block, whole.stored.start + start)
-            yield block
-    finally:
-        reader.close()
 
 
 def _weighed(whole: Whole) -> Iterator[memoryview]:

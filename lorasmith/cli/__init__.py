@@ -16,6 +16,7 @@ import click
 
 from lorasmith import __version__
 from lorasmith.cli.demo import demo
+from lorasmith.cli.extract import extract
 from lorasmith.cli.merge import merge
 from lorasmith.cli.output import error
 from lorasmith.errors import BadOption, LorasmithError
@@ -31,6 +32,7 @@ def commands() -> None:
 
 
 commands.add_command(merge)
+commands.add_command(extract)
 commands.add_command(demo)
 
 

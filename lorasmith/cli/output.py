@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,20 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from lorasmith.errors import IOFailed, one_line
+from lorasmith.errors import IOFailed, listed, one_line
 
 if TYPE_CHECKING:
-    from lorasmith.records import AdapterUse, MergeReport, Plan, Progress, Resources, Survival, TargetGroup
+    from lorasmith.records import (
+        AdapterUse,
+        ExtractedModule,
+        ExtractReport,
+        MergeReport,
+        Plan,
+        Progress,
+        Resources,
+        Survival,
+        TargetGroup,
+    )
 
 LOG_SECONDS = 5.0
 """Between two lines of progress where there is no terminal."""
@@ -71,6 +82,14 @@ class Output:
             self._data(report.to_dict())
         else:
             self._text(_report_lines(report))
+        self._warn(report.warnings)
+
+    def extracted(self, report: ExtractReport) -> None:
+        """What an extraction found, and did."""
+        if self.as_json:
+            self._data(report.to_dict())
+        else:
+            self._text(_extract_lines(report))
         self._warn(report.warnings)
 
     def say(self, text: str) -> None:
@@ -186,6 +205,42 @@ def _report_lines(report: MergeReport) -> Iterator[str]:
     yield f"written  {size(report.bytes_written)}{resumed} in {report.seconds:.1f} s, {size(report.rate)}/s"
     yield f"memory   {size(report.peak_memory)} at most"
     yield from (f"note     {note}" for note in report.notes)
+
+
+def _extract_lines(report: ExtractReport) -> Iterator[str]:
+    yield f"Extracted into {report.out}" if report.out else "Nothing was written (--dry-run)."
+    yield f"base     {report.base}"
+    yield f"tuned    {report.tuned}"
+    yield ""
+    yield from _module_lines(report.modules)
+    yield ""
+    facts = f"rank {_span(report.rank)}, {report.params:,} parameters in {report.dtype}"
+    yield f"LoRA     {_count(len(report.modules), 'module')}, {facts}"
+    yield f"kept     {report.energy:.4%} of the energy of their changes, error {report.error:.3g}"
+    if report.whole:
+        stored = sum(one.nbytes for one in report.whole)
+        yield f"whole    {_count(len(report.whole), 'tensor')}, {size(stored)}: {listed(_names(report))}"
+    yield f"left out {_count(len(report.unchanged), 'tensor')} that did not change"
+    if report.out:
+        yield f"written  {size(report.bytes_written)} in {report.seconds:.1f} s"
+    yield f"memory   {size(report.peak_memory)} at most"
+    yield from (f"note     {note}" for note in report.notes)
+
+
+def _module_lines(modules: Sequence[ExtractedModule]) -> Iterator[str]:
+    rows = [("module", "rank", "change", "of base", "energy", "error")]
+    for one in modules:
+        figures = (f"{one.norm:.3g}", f"{one.relative_norm:.2%}", f"{one.energy:.4%}", f"{one.error:.2g}")
+        rows.append((one.module, str(one.rank), *figures))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield "  " + "  ".join([row[0].ljust(widths[0]), *cells])
+
+
+def _names(report: ExtractReport) -> list[str]:
+    """The tensors stored whole, layers that differ in their numbers only once."""
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", one.tensor) for one in report.whole))
 
 
 def _adapter_lines(uses: Sequence[AdapterUse]) -> Iterator[str]:

@@ -90,32 +90,56 @@ def lora_config(
     ``tokens`` is what ``trainable_token_indices`` becomes. Raises AdapterMismatch where the adapters differ in what can
     only be one thing.
     """
-    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    pattern = {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != r}
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": _common(adapters, "task_type"),
-        "base_model_name_or_path": next((one.names_base for one in adapters if one.names_base), None),
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": r,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "target_modules": _targets(adapters, ranks, every=every),
-        "lora_dropout": 0.0,
-        "bias": _common(adapters, "bias") or "none",
-        "fan_in_fan_out": any(one.fan_in_fan_out for one in adapters),
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "layer_replication": _same(adapters, "layer_replication"),
-        "modules_to_save": list(saved) or None,
-    }
+    config = config_of(
+        ranks,
+        _targets(adapters, ranks, every=every),
+        task_type=_common(adapters, "task_type"),
+        names_base=next((one.names_base for one in adapters if one.names_base), None),
+        bias=_common(adapters, "bias") or "none",
+        fan_in_fan_out=any(one.fan_in_fan_out for one in adapters),
+        layer_replication=_same(adapters, "layer_replication"),
+        saved=saved,
+    )
     if lora_bias:
         config["lora_bias"] = True
     if tokens is not None:
         config["trainable_token_indices"] = tokens
     return config
+
+
+def config_of(
+    ranks: Mapping[str, int],
+    targets: Sequence[str],
+    *,
+    task_type: str | None,
+    names_base: str | None,
+    bias: str,
+    fan_in_fan_out: bool,
+    saved: Sequence[str],
+    layer_replication: object = None,
+) -> dict[str, Any]:
+    """The LoraConfig of modules with these ranks and the scale 1, in which PEFT finds them by ``targets``."""
+    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    pattern = {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != r}
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": names_base,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": list(targets),
+        "lora_dropout": 0.0,
+        "bias": bias,
+        "fan_in_fan_out": fan_in_fan_out,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "layer_replication": layer_replication,
+        "modules_to_save": list(saved) or None,
+    }
 
 
 def longest_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
