@@ -39,7 +39,7 @@ _SPEAKING = (
 
 @dataclass(frozen=True)
 class Pair:
-    """One tensor of both models, by its ``name`` in the running model: ``old`` is the base's, ``new`` the tuned one's."""
+    """One tensor of both models, by its ``name`` in the running model: the base's ``old``, the tuned one's ``new``."""
 
     name: str
     old: TensorEntry

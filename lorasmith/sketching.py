@@ -141,8 +141,8 @@ class _Streamed:
             for some, block in self._blocks():
                 if some.start >= first:  # the rest is known by symmetry
                     result[some, first : first + height] = (block.double() @ panel.to(block.device).t()).cpu()
-        lower: torch.Tensor = result.tril()
-        return lower.add_(result.tril(-1).t())
+        whole: torch.Tensor = result.tril() + result.tril(-1).t()
+        return whole
 
     def _panel(self, wanted: slice) -> torch.Tensor:
         """Some of the rows."""

@@ -145,7 +145,7 @@ class _Model:
         leaf, parent = _leaf(pair.module), pair.module.rpartition(".")[0]
         if self._is_embedding(name):
             return self._lora_embeddings and len(shape) == 2
-        if leaf in _ROUTERS or _LOOKED_UP.search(leaf):
+        if leaf in _ROUTERS or (len(shape) == 2 and _LOOKED_UP.search(leaf)):
             return False
         if f"{parent}.in_proj_weight" in self._pairs:  # torch's attention reads its output's weight past any LoRA
             return False
