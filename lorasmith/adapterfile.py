@@ -18,6 +18,7 @@ from lorasmith.execution.workplace import claim
 from lorasmith.formats.writing import Site, longest_config
 from lorasmith.growingfile import GrowingFile
 from lorasmith.records import Output, SideFile
+from lorasmith.safefile import require_unchanged
 from lorasmith.sidefiles import PROVENANCE, written
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def open_spot(
     if out is None:
         folder = tempfile.mkdtemp(prefix="lorasmith-")
         try:
-            yield Spot(os.path.join(folder, WEIGHTS), True, lambda config, record: None)
+            yield Spot(os.path.join(folder, WEIGHTS), True, lambda config, record: require_unchanged(inputs))
         except BaseException:
             shutil.rmtree(folder)
             raise
@@ -169,6 +170,7 @@ def open_spot(
         place.begin(_Undertaking(digest, tuple(inputs), inside))
 
         def finish(config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+            require_unchanged(inputs)
             texts = {} if inside else {CONFIG: config, PROVENANCE: record}
             place.write_side_files([written(name, dumped(facts) + "\n") for name, facts in texts.items()])
             place.publish()

@@ -17,6 +17,8 @@ ROOMS = (
     "demonstration",
     "mixing",
     "merging",
+    "mixreport",
+    "mixfile",
     "adapterfile",
     "recompression",
     "mixture",

@@ -17,7 +17,9 @@ import click
 from lorasmith import __version__
 from lorasmith.cli.demo import demo
 from lorasmith.cli.merge import merge
+from lorasmith.cli.mix import mix
 from lorasmith.cli.output import error
+from lorasmith.cli.resize import resize
 from lorasmith.errors import BadOption, LorasmithError
 
 DEBUG = "LORASMITH_DEBUG"
@@ -31,6 +33,8 @@ def commands() -> None:
 
 
 commands.add_command(merge)
+commands.add_command(mix)
+commands.add_command(resize)
 commands.add_command(demo)
 
 

@@ -12,9 +12,7 @@ from typing import Any
 from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.deltas import Delta
 from lorasmith.errors import AdapterMismatch, Unsupported
-
-PREFIX = "base_model.model."
-"""What stands before a module's path in every name that PEFT writes."""
+from lorasmith.formats.peft import PREFIX
 
 _OUTPUT = ".base_layer.out_proj"
 """What PEFT calls the output of its own wrapper of ``torch.nn.MultiheadAttention``."""
@@ -78,32 +76,34 @@ def site_of(adapter: Adapter, source: ModuleDelta) -> Site:
 def lora_config(
     adapters: Sequence[Adapter],
     ranks: Mapping[str, int],
+    alphas: Mapping[str, float] | None = None,
     *,
     every: bool,
     lora_bias: bool,
     saved: Sequence[str] = (),
     tokens: object = None,
 ) -> dict[str, Any]:
-    """The LoraConfig of an adapter made of several, whose modules have these ranks and the scale 1.
+    """The LoraConfig of an adapter made of several, whose modules have these ranks and alphas (by default the ranks).
 
     ``every`` says that its modules are all that the adapters had, ``saved`` which of ``modules_to_save`` are there, and
     ``tokens`` is what ``trainable_token_indices`` becomes. Raises AdapterMismatch where the adapters differ in what can
     only be one thing.
     """
     r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    pattern = {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != r}
+    alphas = alphas or ranks
+    alpha = Counter(alphas.values()).most_common(1)[0][0] if ranks else 1
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _common(adapters, "task_type"),
         "base_model_name_or_path": next((one.names_base for one in adapters if one.names_base), None),
         "inference_mode": True,
         "r": r,
-        "lora_alpha": r,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
+        "lora_alpha": alpha,
+        "rank_pattern": {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != r},
+        "alpha_pattern": {_pattern(module, ranks): value for module, value in alphas.items() if value != alpha},
         "target_modules": _targets(adapters, ranks, every=every),
         "lora_dropout": 0.0,
-        "bias": _common(adapters, "bias") or "none",
+        "bias": next((bias for one in adapters if (bias := one.config.get("bias") or "none") != "none"), "none"),
         "fan_in_fan_out": any(one.fan_in_fan_out for one in adapters),
         "use_rslora": False,
         "use_dora": False,
