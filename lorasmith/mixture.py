@@ -285,7 +285,7 @@ def _is_whole(weights: Sequence[float]) -> bool:
 
 
 def _is_base(source: ModuleDelta) -> bool:
-    """Whether a tensor is one of the base that PEFT saved along, as it does with embeddings: no change to be weighted."""
+    """Whether a tensor is one of the base that PEFT saved along, as it does with embeddings: nothing to be weighted."""
     return source.shared and source.parameter == "weight" and not isinstance(source.delta, TokenRows)
 
 

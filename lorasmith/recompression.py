@@ -79,6 +79,8 @@ def _rounded(made: Made, code: str) -> Made:
         return made
     left, right = made.left.double(), made.right.double()
     written = Pair(left.to(torch_dtype(code)).double(), right.to(torch_dtype(code)).double(), -1.0)
+    if written.left.equal(left) and written.right.equal(right):
+        return made
     meant, negated = Reduced([[Pair(left, right, 1.0)], [written]]).cores
     lost = float((meant + negated).norm())
     error = math.hypot(made.facts.error, lost / made.facts.norm)
