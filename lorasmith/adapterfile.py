@@ -18,7 +18,7 @@ from lorasmith.execution.workplace import claim
 from lorasmith.formats.writing import Site, longest_config
 from lorasmith.growingfile import GrowingFile
 from lorasmith.records import Output, SideFile
-from lorasmith.safefile import Reader, TensorEntry
+from lorasmith.safefile import TensorEntry, require_unchanged
 from lorasmith.sidefiles import PROVENANCE, written
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ INSIDE = "lora_adapter_metadata"
 
 SUFFIXES = (".safetensors", ".st", ".sft")
 """Endings of an output that is to be one file; any other is a folder."""
-
-_BLOCK = 4 << 20
 
 Whole = tuple[str, str, tuple[int, ...]]
 """A tensor that is no factor: its name, format code and shape."""
@@ -108,15 +106,7 @@ class AdapterFile:
 
     def copy(self, name: str, entry: TensorEntry) -> None:
         """Append a tensor as it is stored elsewhere."""
-        self.begin((name, entry.dtype, entry.shape))
-        reader, buffer = Reader(entry.file), memoryview(bytearray(min(_BLOCK, entry.nbytes)))
-        try:
-            for start in range(0, entry.nbytes, _BLOCK):
-                block = buffer[: min(_BLOCK, entry.nbytes - start)]
-                reader.into(block, entry.start + start)
-                self.write(block)
-        finally:
-            reader.close()
+        self._file.copy(name, entry)
 
     def finish(self) -> tuple[int, dict[str, Any]]:
         """Write the header and return once all is on the disk: the file's size in bytes, and the config."""
@@ -180,7 +170,7 @@ def open_spot(
     if out is None:
         folder = tempfile.mkdtemp(prefix="lorasmith-")
         try:
-            yield Spot(os.path.join(folder, WEIGHTS), True, lambda config, record: None)
+            yield Spot(os.path.join(folder, WEIGHTS), True, lambda config, record: require_unchanged(inputs))
         except BaseException:
             shutil.rmtree(folder)
             raise
@@ -190,6 +180,7 @@ def open_spot(
         place.begin(_Undertaking(digest, tuple(inputs), inside))
 
         def finish(config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+            require_unchanged(inputs)
             texts = {} if inside else {CONFIG: config, PROVENANCE: record}
             files = [written(name, dumped(facts) + "\n") for name, facts in texts.items()]
             place.write_side_files([*files, *(() if inside else beside)])

@@ -278,6 +278,7 @@ def _config(job: _Job, ranks: Mapping[str, int]) -> dict[str, Any]:
     said = job.base.config.get("_name_or_path")
     return config_of(
         ranks,
+        ranks,
         job.tuning.targets(ranks.keys()),
         # of other tasks, PEFT takes the head for one of modules_to_save, whether it has changed or not
         task_type="CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None,

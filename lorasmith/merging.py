@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from lorasmith.arguments import AdapterArguments, Path, weigh_modules, weighted
 from lorasmith.checkpoint import open_checkpoint, require_path
 from lorasmith.combining import choose
-from lorasmith.errors import BadOption, InputChanged, NoSpace
+from lorasmith.errors import BadOption, NoSpace
 from lorasmith.execution import default_threads, execute
 from lorasmith.execution.blocks import Budget, fit
 from lorasmith.execution.destination import check_output, free_space
@@ -20,6 +20,7 @@ from lorasmith.execution.workplace import claim
 from lorasmith.planning import Options, build_plan
 from lorasmith.records import MergeReport, Output, Plan, Progress, Resources, Survival
 from lorasmith.rounding import SURVIVAL_LIMIT, Sample, survival
+from lorasmith.safefile import require_unchanged
 
 DEFAULT_MEMORY = 128 << 20
 """Bytes for buffers, beside the interpreter and torch themselves."""
@@ -97,7 +98,8 @@ def merge(
     with claim(os.fspath(out), overwrite=overwrite) as place:
 
         def finished(output: Output, samples: list[Sample]) -> None:
-            _require_unchanged(plan_)  # before it is noted: a later run takes up what is
+            # before it is noted: a later run takes up what is
+            require_unchanged((*plan_.base_files, *plan_.adapter_files))
             place.finish(output, samples)
 
         place.begin(plan_)
@@ -184,17 +186,6 @@ def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
     if memory < 1:
         raise BadOption(f"memory must be a positive number of bytes, not {memory}")
     return fit(plan, memory, threads or default_threads(plan.device))
-
-
-def _require_unchanged(plan: Plan) -> None:
-    """Raise InputChanged when a file that weights are read from is not what it was when the plan was made."""
-    for file, size, mtime in (*plan.base_files, *plan.adapter_files):
-        try:
-            facts = os.stat(file)
-        except OSError:
-            facts = None
-        if facts is None or (facts.st_size, facts.st_mtime_ns) != (size, mtime):
-            raise InputChanged(f"{file} was changed while it was being merged; run the same command again")
 
 
 def _report(plan: Plan, out: str, threads: int, resumed: int, survival: Survival | None, seconds: float) -> MergeReport:

@@ -25,8 +25,8 @@ from lorasmith.deltas.addition import Addition
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.deltas.token_rows import TokenRows
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
-from lorasmith.formats.peft import TOKEN_ROWS
-from lorasmith.formats.writing import PREFIX, Site, site_of
+from lorasmith.formats.peft import PREFIX, TOKEN_ROWS
+from lorasmith.formats.writing import Site, site_of
 from lorasmith.safefile import TensorEntry, equal_bytes
 from lorasmith.structure import open_structure
 
@@ -253,9 +253,10 @@ def _whole(
     stored = source.delta.entries[0]
     weights = [one[2] for one in some]
     alike = all(_is_alike(source, other) for _, other, _ in some)
-    if chosen is not None and not (alike and _is_whole(weights)):
+    passes = alike and (_is_whole(weights) or _is_base(source))
+    if chosen is not None and not passes:
         notes.append(f"{stored.name} is that of {adapters[position][0].path}, as it is (--prefer)")
-    if chosen is not None or (alike and _is_whole(weights)):
+    if chosen is not None or passes:
         return Whole(_name(source), source, position, stored)
     entry = bound[id(source)].target if all(id(other) in bound for _, other, _ in some) else None
     fits = entry is not None and all(
@@ -281,6 +282,11 @@ def _whole(
 def _is_whole(weights: Sequence[float]) -> bool:
     """Whether tensors that are the same stay what they are: their weights add up to one, or each is one."""
     return all(weight == 1 for weight in weights) or math.isclose(math.fsum(weights), 1, rel_tol=1e-12)
+
+
+def _is_base(source: ModuleDelta) -> bool:
+    """Whether a tensor is one of the base that PEFT saved along, as it does with embeddings: nothing to be weighted."""
+    return source.shared and source.parameter == "weight" and not isinstance(source.delta, TokenRows)
 
 
 def _is_alike(one: ModuleDelta, other: ModuleDelta) -> bool:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lorasmith.combining import Method
+from lorasmith.combining import LINEAR, Method
 from lorasmith.combining.combined import Combined, Source, combined_core, factors, read_factor, shares_kept
 from lorasmith.crosstalk import compare
 from lorasmith.deltas.low_rank import Factor, read_tensor
 from lorasmith.dtypes import itemsize, torch_dtype
 from lorasmith.errors import AdapterMismatch
-from lorasmith.lowrank import ROUNDING, Criterion, Reduced, balanced_bases, share_kept, spectrum
+from lorasmith.lowrank import ROUNDING, Criterion, Pair, Reduced, balanced_bases, share_kept, spectrum
 from lorasmith.mixture import Module, Part
 from lorasmith.records import MixedModule, ModuleInterference
 from lorasmith.safefile import Reader, TensorEntry
@@ -33,11 +33,12 @@ _ELEMENTS = 1 << 19
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked of a mix: a rule, how much is kept, and whether of every adapter alike."""
+    """What was asked of a mix: a rule, how much is kept, whether of every adapter alike, and the factors' dtype."""
 
     method: Method = field(default_factory=Method)
     criterion: Criterion = field(default_factory=Criterion)
     balance: bool = False
+    code: str = "F32"
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,33 @@ def make(module: Module, request: Request, adapters: int, rank: int | None = Non
     ``adapters`` is the number of all that are mixed.
     """
     if module.dense is not None:
-        return _approximated(module, module.dense, request, adapters)
+        return _rounded(_approximated(module, module.dense, request, adapters), request.code)
     reduced = _reduced(module, request.method)
     core = _core(module, reduced, request.method)
     if request.criterion or not request.method.is_additive:
         left, right, error, kept = _recompressed(reduced, core, request, rank)
     else:
         left, right = _summed(module) if request.method.name == "peft-linear" else _concatenated(module)
-        error, kept = 0.0, [1.0 if one.any() else None for one in reduced.cores]
+        total = _core(module, reduced, LINEAR)
+        error = float((core - total).norm() / total.norm()) if total.any() else 0.0
+        kept = [1.0 if one.any() else None for one in reduced.cores]
     norms = [float(one.norm()) for one in reduced.cores]
     facts = _facts(module, adapters, left.shape[1], float(core.norm()), error, norms, kept)
-    return Made(module, left, right, facts, tuple(_interference(module, reduced)))
+    return _rounded(Made(module, left, right, facts, tuple(_interference(module, reduced))), request.code)
+
+
+def _rounded(made: Made, code: str) -> Made:
+    """The same with what rounding to a dtype of few bits adds to the error."""
+    if itemsize(code) >= 4 or not made.facts.norm:
+        return made
+    left, right = made.left.double(), made.right.double()
+    written = Pair(left.to(torch_dtype(code)).double(), right.to(torch_dtype(code)).double(), -1.0)
+    if written.left.equal(left) and written.right.equal(right):
+        return made
+    meant, negated = Reduced([[Pair(left, right, 1.0)], [written]]).cores
+    lost = float((meant + negated).norm())
+    error = math.hypot(made.facts.error, lost / made.facts.norm)
+    return replace(made, facts=replace(made.facts, error=error, energy=max(0.0, 1 - error**2)))
 
 
 def singular_values(module: Module, request: Request) -> tuple[float, ...]:

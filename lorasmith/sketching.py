@@ -139,7 +139,7 @@ class _Streamed:
         for first in range(0, rows, height):
             panel = self._panel(slice(first, min(rows, first + height)))
             for some, block in self._blocks():
-                if some.start >= first:  # the rest is known by symmetry
+                if some.stop > first:  # the rest is known by symmetry
                     result[some, first : first + height] = (block.double() @ panel.to(block.device).t()).cpu()
         whole: torch.Tensor = result.tril() + result.tril(-1).t()
         return whole
@@ -184,7 +184,8 @@ class _Space:
         inside = self._matrix.transposed_times(new)
         self.basis = torch.cat([self.basis, new], dim=1)
         self.inside = torch.cat([self.inside, inside], dim=1)
-        return torch.linalg.qr(inside)[0]
+        following: torch.Tensor = torch.linalg.qr(inside)[0]
+        return following
 
     def condense(self, width: int) -> None:
         """Keep the ``width`` best directions only."""

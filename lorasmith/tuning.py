@@ -19,7 +19,8 @@ from math import prod
 
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.difference import Pair, Paired
-from lorasmith.formats.writing import PREFIX, Site
+from lorasmith.formats.peft import PREFIX
+from lorasmith.formats.writing import Site
 from lorasmith.naming.ties import EMBEDDINGS, layer
 from lorasmith.planning import CONV1D_MODELS, CONV1D_MODULES
 from lorasmith.safefile import TensorEntry

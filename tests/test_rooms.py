@@ -18,6 +18,8 @@ ROOMS = (
     "mixing",
     "extracting",
     "merging",
+    "mixreport",
+    "mixfile",
     "adapterfile",
     "recompression",
     "mixture",

@@ -18,7 +18,9 @@ from lorasmith import __version__
 from lorasmith.cli.demo import demo
 from lorasmith.cli.extract import extract
 from lorasmith.cli.merge import merge
+from lorasmith.cli.mix import mix
 from lorasmith.cli.output import error
+from lorasmith.cli.resize import resize
 from lorasmith.errors import BadOption, LorasmithError
 
 DEBUG = "LORASMITH_DEBUG"
@@ -32,6 +34,8 @@ def commands() -> None:
 
 
 commands.add_command(merge)
+commands.add_command(mix)
+commands.add_command(resize)
 commands.add_command(extract)
 commands.add_command(demo)
 

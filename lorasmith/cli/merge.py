@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
 import click
 
 from lorasmith.cli.output import Output, output_options
+from lorasmith.combining import METHODS, SIGNS, SPACES
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -38,6 +40,22 @@ class Place(click.ParamType):  # type: ignore[type-arg]
         return str(value) if os.path.lexists(first) else os.path.expanduser(value)
 
 
+def rule_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how several adapters are combined."""
+    for option in (
+        click.option(
+            "--space", type=click.Choice(SPACES), help="Where a method that is no sum is applied.  [default: core]"
+        ),
+        click.option("--sign", type=click.Choice(SIGNS), help="How ties elects a sign.  [default: total]"),
+        click.option("--seed", type=int, help="For what dare draws.  [default: 0]"),
+        click.option("--density", type=float, help="The share of elements that are kept.  [default: 0.5]"),
+        click.option("--method", type=click.Choice(METHODS), default="linear", show_default=True, help="The rule."),
+        click.option("--weights", multiple=True, metavar="REGEX=FACTOR", help="For modules so named; repeatable."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command(short_help="Merge adapters into a model.")
 @click.argument("base", type=Place(), metavar="BASE")
 @click.argument("adapters", type=Place(), metavar="ADAPTER[:WEIGHT]...", nargs=-1, required=True)
@@ -58,6 +76,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]
 @click.option("--allow-overflow", is_flag=True, help="Clip values too large for the output dtype.")
 @click.option("--architecture", metavar="NAME", help="The result's class, if an adapter brings layers of another one.")
 @click.option("--base-is-residual", is_flag=True, help="The base is the one that PiSSA, OLoRA and the like have left.")
+@rule_options
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @output_options

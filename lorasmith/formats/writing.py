@@ -12,9 +12,7 @@ from typing import Any
 from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.deltas import Delta
 from lorasmith.errors import AdapterMismatch, Unsupported
-
-PREFIX = "base_model.model."
-"""What stands before a module's path in every name that PEFT writes."""
+from lorasmith.formats.peft import PREFIX
 
 _OUTPUT = ".base_layer.out_proj"
 """What PEFT calls the output of its own wrapper of ``torch.nn.MultiheadAttention``."""
@@ -78,13 +76,14 @@ def site_of(adapter: Adapter, source: ModuleDelta) -> Site:
 def lora_config(
     adapters: Sequence[Adapter],
     ranks: Mapping[str, int],
+    alphas: Mapping[str, float] | None = None,
     *,
     every: bool,
     lora_bias: bool,
     saved: Sequence[str] = (),
     tokens: object = None,
 ) -> dict[str, Any]:
-    """The LoraConfig of an adapter made of several, whose modules have these ranks and the scale 1.
+    """The LoraConfig of an adapter made of several, whose modules have these ranks and alphas (by default the ranks).
 
     ``every`` says that its modules are all that the adapters had, ``saved`` which of ``modules_to_save`` are there, and
     ``tokens`` is what ``trainable_token_indices`` becomes. Raises AdapterMismatch where the adapters differ in what can
@@ -92,10 +91,11 @@ def lora_config(
     """
     config = config_of(
         ranks,
+        alphas or ranks,
         _targets(adapters, ranks, every=every),
         task_type=_common(adapters, "task_type"),
         names_base=next((one.names_base for one in adapters if one.names_base), None),
-        bias=_common(adapters, "bias") or "none",
+        bias=next((bias for one in adapters if (bias := one.config.get("bias") or "none") != "none"), "none"),
         fan_in_fan_out=any(one.fan_in_fan_out for one in adapters),
         layer_replication=_same(adapters, "layer_replication"),
         saved=saved,
@@ -109,27 +109,28 @@ def lora_config(
 
 def config_of(
     ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
     targets: Sequence[str],
     *,
     task_type: str | None,
     names_base: str | None,
-    bias: str,
+    bias: object,
     fan_in_fan_out: bool,
     saved: Sequence[str],
     layer_replication: object = None,
 ) -> dict[str, Any]:
-    """The LoraConfig of modules with these ranks and the scale 1, in which PEFT finds them by ``targets``."""
+    """The LoraConfig of modules with these ranks and alphas, in which PEFT finds them by ``targets``."""
     r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    pattern = {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != r}
+    alpha = Counter(alphas.values()).most_common(1)[0][0] if ranks else 1
     return {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": names_base,
         "inference_mode": True,
         "r": r,
-        "lora_alpha": r,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
+        "lora_alpha": alpha,
+        "rank_pattern": {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != r},
+        "alpha_pattern": {_pattern(module, ranks): value for module, value in alphas.items() if value != alpha},
         "target_modules": list(targets),
         "lora_dropout": 0.0,
         "bias": bias,
