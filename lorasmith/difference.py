@@ -155,11 +155,13 @@ def _require_same_names(base: Checkpoint, ours: Named, tuned: Checkpoint, theirs
 
 def _changed_rows(pairs: Mapping[str, Pair]) -> tuple[int, int] | None:
     """The sizes of the vocabulary before and after, if it has changed."""
-    sizes = {
-        (one.old.shape[0], one.new.shape[0]): one
+    tokens = [
+        one
         for one in pairs.values()
-        if layer(one.name) in EMBEDDINGS + HEADS and one.resized and one.old.shape[1:] == one.new.shape[1:]
-    }
+        if layer(one.name) in EMBEDDINGS + HEADS and len(one.old.shape) == 2 and one.old.shape[1:] == one.new.shape[1:]
+    ]
+    before = {one.old.shape[0] for one in tokens if one.resized}
+    sizes = {(one.old.shape[0], one.new.shape[0]): one for one in tokens if one.old.shape[0] in before}
     if len(sizes) > 1:
         told = [f"{one.name!r} from {before} to {after} rows" for (before, after), one in sizes.items()]
         raise AdapterMismatch(
