@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import math
 import os
+import re
 import shutil
 import time
 import weakref
@@ -351,7 +352,13 @@ def _notes(job: _Job, facts: Sequence[ExtractedModule]) -> Iterator[str]:
 
 
 def _warnings(run: _Run, facts: Sequence[ExtractedModule]) -> Iterator[str]:
-    """Where what is written is not what was asked for, because its dtype cannot hold that."""
+    """What may be taken otherwise than it is meant, or is not what was asked for."""
+    experts = [one.module for one in facts if re.search(r"\.experts\.\d+\.", one.module)]
+    if experts:
+        yield (
+            f"{len(experts)} modules are experts by the names of the files, like {experts[0]}: lorasmith merge takes "
+            "them, but PEFT with transformers 5, which runs experts in one piece, may not find them all"
+        )
     criterion = run.criterion
     wanted = criterion.max_error if criterion.energy is None else math.sqrt(1 - criterion.energy)
     missed = [one for one in facts if wanted is not None and one.error > 1.001 * wanted + 1e-6]

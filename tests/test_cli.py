@@ -687,10 +687,12 @@ def options_of(command: click.Command) -> set[str]:
     return {name for one in command.params if isinstance(one, click.Option) for name in one.opts}
 
 
-def test_the_readme_s_table_has_every_option_and_no_other() -> None:
-    rows = [line.split(" | ")[0] for line in README.splitlines() if line.startswith("| `-")]
+@pytest.mark.parametrize(("command", "section"), [("merge", "Merging"), ("extract", "Extracting")])
+def test_the_readme_s_table_has_every_option_and_no_other(command: str, section: str) -> None:
+    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## )", README, re.M | re.S)
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `-")]
     assert set(re.findall(r"`(-{1,2}[a-z][a-z-]*)", " ".join(rows).replace("`, `", "` `"))) == options_of(
-        commands.commands["merge"]
+        commands.commands[command]
     )
 
 
@@ -749,6 +751,16 @@ def test_the_readme_s_commands_run(room: Path) -> None:
         shutil.rmtree("merged", ignore_errors=True)
         done = shell(line)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_s_extraction_runs(room: Path) -> None:
+    os.rename("merged", "tuned")
+    shutil.rmtree("adapter")
+    (line,) = re.findall(r"^\$ (lorasmith extract .*)$", README, re.M)
+    done = shell(line)
+    assert done.returncode == 0, done.stderr
+    assert [row.split()[0] for row in done.stdout.splitlines()[:3]] == ["Extracted", "base", "tuned"]
+    assert (room / "adapter" / "adapter_config.json").is_file()
 
 
 def test_errors_come_through_where_a_program_calls_the_command(room: Path) -> None:
