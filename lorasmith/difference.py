@@ -225,16 +225,15 @@ def is_changed(pair: Pair) -> bool:
         return _is_other_integers(pair)
     if pair.resized:
         for entry in (pair.old, pair.new):
-            for (block,) in _blocks(entry):
-                _require_finite(entry, block, whole=True)
+            if not all([_is_finite(entry, block) for (block,) in _blocks(entry)]):
+                raise _not_finite(entry)
         return True
-    changed = infinite = False
+    changed, infinite = False, []
     for old, new in _blocks(pair.old, pair.new):
         changed = changed or not bool((new == old.to(new.dtype)).all())
-        for entry, block in ((pair.old, old), (pair.new, new)):
-            infinite = not _require_finite(entry, block, whole=changed) or infinite
+        infinite += [entry for entry, block in ((pair.old, old), (pair.new, new)) if not _is_finite(entry, block)]
     if changed and infinite:
-        raise _not_finite(pair.new)
+        raise _not_finite(infinite[0])
     return changed
 
 
@@ -247,10 +246,10 @@ def _is_other_integers(pair: Pair) -> bool:
     return False
 
 
-def _require_finite(entry: TensorEntry, block: torch.Tensor, *, whole: bool) -> bool:
-    """Whether a block is finite; NotFinite if it holds a NaN, or anything infinite if its ``whole`` tensor counts."""
+def _is_finite(entry: TensorEntry, block: torch.Tensor) -> bool:
+    """Whether a block holds no infinity; NotFinite if it holds a NaN."""
     finite = bool(block.isfinite().all())
-    if not finite and (whole or block.isnan().any()):
+    if not finite and block.isnan().any():
         raise _not_finite(entry)
     return finite
 

@@ -36,6 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lorasmith
+from lorasmith import sketching
 from lorasmith.cli import commands
 from lorasmith.lowrank import Criterion
 from lorasmith.sketching import approximate
@@ -202,8 +203,21 @@ def test_an_approximation_is_as_good_as_the_dense_decomposition_s(
     assert found.norm2 == pytest.approx(norm**2, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["noise", "slow"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_space_may_be_condensed_under_way(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], kind: str) -> None:
+    monkeypatch.setattr(sketching, "MOST_BLOCKS", 1)
+    matrix = MATRICES[kind](shape)
+    found = approximate(blocks_of(matrix), shape, Criterion(rank=12))
+    least = float(torch.linalg.svdvals(matrix)[12:].norm())
+    assert float((matrix - found.left @ found.right).norm()) <= 1.002 * least
+
+
 @pytest.mark.parametrize("shape", [(1900, 1200), (1200, 1900)], ids=["tall", "wide"])
-def test_a_large_matrix_that_is_not_of_low_rank_is_decomposed_in_bounded_memory(shape: tuple[int, int]) -> None:
+def test_a_large_matrix_that_is_not_of_low_rank_is_decomposed_in_bounded_memory(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(sketching, "_PANEL", 500 * 1900)  # as if it were some times larger
     matrix = MATRICES["noise"](shape)
     found = approximate(blocks_of(matrix, 211), shape, Criterion(energy=0.8))
     values = torch.linalg.svdvals(matrix).tolist()
@@ -437,6 +451,57 @@ def test_a_part_that_was_tuned_is_all_that_is_stored(tmp_path: Path, case: Case,
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert len(report.unchanged) >= len(same) > 0
     assert all(re.search(changed, f"{one.module}.weight") for one in report.modules)
+
+
+class Net(torch.nn.Module):
+    """Layers that transformers' models rarely have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+        self.wide = torch.nn.Conv1d(32, 32, 3, padding=1)
+        self.deep = torch.nn.Conv1d(32, 32, 3, padding=1, groups=32)
+        self.last = torch.nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.attention(x, x, x, need_weights=False)[0].transpose(1, 2)
+        last: torch.Tensor = self.last(self.deep(self.wide(x)).transpose(1, 2))
+        return last
+
+
+def test_what_peft_cannot_put_a_lora_on_is_stored_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 5, 32)
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    disturb(model, 2)
+    save_file(model.state_dict(), tmp_path / "tuned.safetensors")
+    report = lorasmith.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out", rank=2)
+    assert {one.module for one in report.modules} == {"wide", "last"}
+    base = Net().eval()
+    base.load_state_dict(load_file(tmp_path / "base.safetensors"))
+    with torch.no_grad():
+        wanted, got = model(x), PeftModel.from_pretrained(base, tmp_path / "out").eval()(x)
+    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    lorasmith.merge(tmp_path / "base.safetensors", tmp_path / "out", tmp_path / "merged.safetensors")
+    merged, tuned = load_file(tmp_path / "merged.safetensors"), load_file(tmp_path / "tuned.safetensors")
+    assert all((merged[name] - tuned[name]).norm() <= 1e-6 * tuned[name].norm() for name in tuned)
+
+
+def test_every_tensor_begins_at_a_multiple_of_its_elements_size(tmp_path: Path) -> None:
+    base = {
+        "a.weight": torch.zeros(7, 9), "n.weight": torch.zeros(3, dtype=torch.bfloat16), "m.weight": torch.zeros(5),
+        "b.weight": torch.zeros(5, 3),
+    }  # fmt: skip
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({name: tensor + 1 for name, tensor in base.items()}, tmp_path / "tuned.safetensors")
+    models = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    for dtype in ("float32", "bfloat16"):
+        lorasmith.extract(*models, tmp_path / dtype, rank=1, dtype=dtype)
+        raw = (tmp_path / dtype / "adapter_model.safetensors").read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        facts = [one for name, one in header.items() if name != "__metadata__"]
+        assert len(facts) == 6
+        assert all(one["data_offsets"][0] % {"F32": 4, "BF16": 2}[one["dtype"]] == 0 for one in facts)
 
 
 def test_a_single_file_is_an_adapter_too(tmp_path: Path) -> None:
