@@ -225,7 +225,8 @@ def is_changed(pair: Pair) -> bool:
         return _is_other_integers(pair)
     if pair.resized:
         for entry in (pair.old, pair.new):
-            if not all([_is_finite(entry, block) for (block,) in _blocks(entry)]):
+            infinite = [block for (block,) in _blocks(entry) if not _is_finite(entry, block)]
+            if infinite:
                 raise _not_finite(entry)
         return True
     changed, infinite = False, []

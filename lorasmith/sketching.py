@@ -40,8 +40,8 @@ MOST_ITERATIONS = 24
 MOST_BLOCKS = 6
 """Of a space, before it is condensed to what is best in it."""
 
-WIDE = 4
-"""A basis of more than one in so many columns costs more than finding all singular vectors."""
+WIDE = 2
+"""A space of more than one in so many columns costs more than finding all singular vectors."""
 
 SMALL = 1 << 21
 """Elements of a matrix that may be held in memory as a whole."""
@@ -196,7 +196,7 @@ class _Space:
 
 
 def _search(matrix: _Streamed, criterion: Criterion) -> Approximation | None:
-    """What a space finds that is much smaller than the matrix; None where that does not hold what is asked for."""
+    """What a space finds that is smaller than the matrix; None where none such settles on what is asked for."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -205,9 +205,7 @@ def _search(matrix: _Streamed, criterion: Criterion) -> Approximation | None:
     reached = False
     for _ in range(MOST_ITERATIONS):
         if WIDE * (space.width + following.shape[1] + fresh) >= min(matrix.shape):
-            if criterion.rank is None or space.width <= width:
-                return None
-            space.condense(width)
+            return None
         drawn = torch.randn(matrix.shape[1], fresh, dtype=torch.float64, generator=generator)
         following = space.extend(torch.cat([following, drawn], dim=1))
         before, (found, reached) = found, _cut(space.basis, space.inside, matrix.norm2, criterion)

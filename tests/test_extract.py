@@ -198,7 +198,7 @@ def test_an_approximation_is_as_good_as_the_dense_decomposition_s(
     least = math.sqrt(math.fsum(value**2 for value in values[found.rank :]))
     norm = float(matrix.norm())
     true = float((matrix - found.left @ found.right).norm())
-    assert true <= least * 1.002 + 1e-12 * norm
+    assert true <= least * 1.001 + 1e-12 * norm
     assert math.sqrt(found.error2) == pytest.approx(true, rel=1e-6, abs=1e-6 * norm)
     assert found.norm2 == pytest.approx(norm**2, rel=1e-12)
 
@@ -206,7 +206,7 @@ def test_an_approximation_is_as_good_as_the_dense_decomposition_s(
 @pytest.mark.parametrize("kind", ["noise", "slow"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_space_may_be_condensed_under_way(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], kind: str) -> None:
-    monkeypatch.setattr(sketching, "MOST_BLOCKS", 1)
+    monkeypatch.setattr(sketching, "MOST_BLOCKS", 2)
     matrix = MATRICES[kind](shape)
     found = approximate(blocks_of(matrix), shape, Criterion(rank=12))
     least = float(torch.linalg.svdvals(matrix)[12:].norm())
