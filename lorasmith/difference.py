@@ -225,11 +225,11 @@ def is_changed(pair: Pair) -> bool:
         return _is_other_integers(pair)
     if pair.resized:
         for entry in (pair.old, pair.new):
-            infinite = [block for (block,) in _blocks(entry) if not _is_finite(entry, block)]
-            if infinite:
+            if [block for (block,) in _blocks(entry) if not _is_finite(entry, block)]:
                 raise _not_finite(entry)
         return True
-    changed, infinite = False, []
+    changed = False
+    infinite: list[TensorEntry] = []
     for old, new in _blocks(pair.old, pair.new):
         changed = changed or not bool((new == old.to(new.dtype)).all())
         infinite += [entry for entry, block in ((pair.old, old), (pair.new, new)) if not _is_finite(entry, block)]
