@@ -11,7 +11,7 @@ Everything is float64: Householder's QR is as exact as the factors' product of n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,14 @@ from lorasmith.errors import BadOption
 if TYPE_CHECKING:
     import torch
 
+    Rows = Callable[[slice], torch.Tensor]
+    """Reads rows of a matrix in float64."""
+
 ROUNDING = 2.0**-44
 """Singular values below this share of the factors' product of norms are what rounding left of zeros."""
+
+_CHUNK = 2048
+"""Rows of tall matrices that are decomposed at once, where their Q is not needed."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +136,11 @@ def allocate(spectra: Mapping[str, tuple[Sequence[float], int]], params: int) ->
 
 @dataclass(frozen=True)
 class Pair:
-    """One product: ``left`` (rows, rank) and ``right`` (rank, columns) in float64, without the coefficient."""
+    """One product, ``coefficient · left · rightᵀ``, by what reads rows of (rows, rank) and of (columns, rank)."""
 
-    left: torch.Tensor
-    right: torch.Tensor
+    rank: int
+    left: Rows
+    right: Rows
     coefficient: float
 
 
@@ -142,66 +149,68 @@ class Reduced:
 
     ``deltas`` are the products of each: all are stacked together. ``cores[i]`` has shape (p, q), at most the total
     rank, and ``inputs[i]``, ``outputs[i]`` hold the i-th delta's A and B in the bases: (q, rankᵢ) and (p, rankᵢ).
-    ``floor`` is the size of what rounding may leave where a sum is zero. ``balanced`` gives the factors of every
-    product equal norms first.
+    ``floor`` is the size of what rounding may leave where a sum is zero. Only with its ``bases`` can it ``expand``;
+    without them it takes little memory, whatever the ``shape`` of the weight.
     """
 
-    def __init__(self, deltas: Sequence[Sequence[Pair]], *, balanced: bool = True) -> None:
-        import torch
-
-        pairs = [_balanced(pair) if balanced else pair for delta in deltas for pair in delta]
-        self._left = _Basis(torch.cat([pair.left for pair in pairs], dim=1))
-        self._right = _Basis(torch.cat([pair.right for pair in pairs]).t())
+    def __init__(self, deltas: Sequence[Sequence[Pair]], shape: tuple[int, int], *, bases: bool = True) -> None:
+        pairs = [pair for delta in deltas for pair in delta]
+        step = max(shape) if bases else _CHUNK
+        self._left = _Basis([pair.left for pair in pairs], shape[0], step)
+        self._right = _Basis([pair.right for pair in pairs], shape[1], step)
         self.outputs: list[torch.Tensor] = []
         self.inputs: list[torch.Tensor] = []
         self.cores: list[torch.Tensor] = []
-        first = position = 0
+        first = 0
         for delta in deltas:
-            coefficients = [
-                torch.full((pair.left.shape[1],), pair.coefficient, dtype=torch.float64)
-                for pair in pairs[position : position + len(delta)]
-            ]
-            position += len(delta)
-            last = first + sum(len(one) for one in coefficients)
+            last = first + sum(pair.rank for pair in delta)
             self.outputs.append(self._left.triangle[:, first:last])
             self.inputs.append(self._right.triangle[:, first:last])
-            self.cores.append(self.outputs[-1] * torch.cat(coefficients) @ self.inputs[-1].t())
+            self.cores.append(self.outputs[-1] * _coefficients(delta) @ self.inputs[-1].t())
             first = last
-        largest = max((abs(pair.coefficient) for pair in pairs), default=0.0)
-        self.floor = ROUNDING * largest * self._left.norm * self._right.norm
+        norms = zip(pairs, self._left.norms, self._right.norms, strict=True)
+        self.floor = ROUNDING * math.fsum(abs(pair.coefficient) * left * right for pair, left, right in norms)
 
     def expand(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``Q_b · left`` and ``(Q_a · right)ᵀ``: a core's factors, (p, k) and (q, k), as those of the weight."""
         return self._left.apply(left), self._right.apply(right).t()
 
 
-class _Basis:
-    """The QR decomposition of a tall matrix, its Q as Householder's reflectors."""
+def _coefficients(delta: Sequence[Pair]) -> torch.Tensor:
+    import torch
 
-    def __init__(self, matrix: torch.Tensor) -> None:
+    return torch.tensor([pair.coefficient for pair in delta for _ in range(pair.rank)], dtype=torch.float64)
+
+
+class _Basis:
+    """The QR decomposition of matrices side by side, its Q as Householder's reflectors.
+
+    It errs column by column, relative to each column's norm, so that no small delta drowns beside a large one. Taken
+    ``step`` rows at a time, each with the triangle of those before, it has the triangle in the end, but no Q.
+    """
+
+    def __init__(self, matrices: Sequence[Rows], rows: int, step: int) -> None:
         import torch
 
-        self._rows = matrix.shape[0]
-        self.norm = float(matrix.norm())
-        self._reflectors, self._tau = torch.geqrf(matrix)
-        self.triangle = self._reflectors[: len(self._tau)].triu()
+        self._rows = rows
+        self.triangle = torch.empty(0, 0, dtype=torch.float64)
+        squares = [0.0 for _ in matrices]
+        for first in range(0, rows, step):
+            parts = [read(slice(first, min(rows, first + step))) for read in matrices]
+            squares = [so_far + float(part.square().sum()) for so_far, part in zip(squares, parts, strict=True)]
+            stacked = torch.cat(parts, dim=1)
+            self._reflectors, self._tau = torch.geqrf(torch.cat([self.triangle, stacked]) if first else stacked)
+            self.triangle = self._reflectors[: len(self._tau)].triu()
+        self.norms = [math.sqrt(square) for square in squares]
 
     def apply(self, small: torch.Tensor) -> torch.Tensor:
         """``Q · small``."""
         import torch
 
+        assert self._reflectors.shape[0] == self._rows, "taken in parts, there is no Q"
         padded = torch.zeros(self._rows, small.shape[1], dtype=small.dtype)
         padded[: small.shape[0]] = small
         return torch.ormqr(self._reflectors[:, : len(self._tau)], self._tau, padded)
-
-
-def _balanced(pair: Pair) -> Pair:
-    """The same product with factors of equal norms, so that no small delta drowns in the rounding of a large factor."""
-    left, right = float(pair.left.norm()), float(pair.right.norm())
-    if left == 0 or right == 0:
-        return pair
-    gauge = 2.0 ** round(math.log2(right / left) / 2)
-    return Pair(pair.left * gauge, pair.right / gauge, pair.coefficient)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _write_modules(file: AdapterFile, job: Job) -> list[Made]:
 
 
 def _without_factors(made: Made) -> Made:
-    return replace(made, left=made.left[:, :0], right=made.right[:0])
+    return replace(made, left=made.left.new_empty(0), right=made.right.new_empty(0))
 
 
 def _most(module: Module, job: Job) -> int:

@@ -59,9 +59,10 @@ def make(module: Module, request: Request, adapters: int, rank: int | None = Non
     """
     if module.dense is not None:
         return _rounded(_approximated(module, module.dense, request, adapters), request.code)
-    reduced = _reduced(module, request.method)
+    cuts = bool(request.criterion) or not request.method.is_additive
+    reduced = _reduced(module, bases=cuts)
     core = _core(module, reduced, request.method)
-    if request.criterion or not request.method.is_additive:
+    if cuts:
         left, right, error, kept = _recompressed(reduced, core, request, rank)
     else:
         left, right = _summed(module) if request.method.name == "peft-linear" else _concatenated(module)
@@ -78,10 +79,14 @@ def _rounded(made: Made, code: str) -> Made:
     if itemsize(code) >= 4 or not made.facts.norm:
         return made
     left, right = made.left.double(), made.right.double()
-    written = Pair(left.to(torch_dtype(code)).double(), right.to(torch_dtype(code)).double(), -1.0)
-    if written.left.equal(left) and written.right.equal(right):
+    stored = left.to(torch_dtype(code)).double(), right.to(torch_dtype(code)).double()
+    if stored[0].equal(left) and stored[1].equal(right):
         return made
-    meant, negated = Reduced([[Pair(left, right, 1.0)], [written]]).cores
+    pairs = [
+        Pair(made.facts.rank_out, one.__getitem__, other.t().__getitem__, sign)
+        for (one, other), sign in (((left, right), 1.0), (stored, -1.0))
+    ]
+    meant, negated = Reduced([[pair] for pair in pairs], made.facts.shape, bases=False).cores
     lost = float((meant + negated).norm())
     error = math.hypot(made.facts.error, lost / made.facts.norm)
     return replace(made, facts=replace(made.facts, error=error, energy=max(0.0, 1 - error**2)))
@@ -89,14 +94,12 @@ def _rounded(made: Made, code: str) -> Made:
 
 def singular_values(module: Module, request: Request) -> tuple[float, ...]:
     """Of the module's combination, largest first, without what is only rounding."""
-    reduced = _reduced(module, request.method)
+    reduced = _reduced(module)
     return spectrum(_core(module, reduced, request.method), reduced.floor).values
 
 
-def _reduced(module: Module, method: Method) -> Reduced:
-    """The parts' cores; what PEFT sums up depends on how factors are scaled, so those are then left as they are."""
-    deltas = [factors(((part.delta, 1.0),)) for part in module.parts]
-    return Reduced(deltas, balanced=method.name != "peft-linear")
+def _reduced(module: Module, *, bases: bool = False) -> Reduced:
+    return Reduced([factors(((part.delta, 1.0),)) for part in module.parts], module.site.shape, bases=bases)
 
 
 def _core(module: Module, reduced: Reduced, method: Method) -> torch.Tensor:
@@ -167,19 +170,24 @@ def _concatenated(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     rows, columns = module.site.shape
-    lefts, rights = [torch.zeros(rows, 0)], [torch.zeros(0, columns)]
     on_left = folds_left(module.site.shape)
-    for left, right, coefficient in folded(module.parts):
-        lefts.append((read_factor(left) * (coefficient if on_left else 1.0)).float())
-        rights.append((read_factor(right) * (1.0 if on_left else coefficient)).float())
-    return torch.cat(lefts, dim=1), torch.cat(rights)
+    products = folded(module.parts)
+    rank, first = sum(right.shape[0] for _, right, _ in products), 0
+    left, right = torch.empty(rows, rank), torch.empty(rank, columns)
+    for one, other, coefficient in products:
+        last = first + other.shape[0]
+        left[:, first:last] = read_factor(one) * (coefficient if on_left else 1.0)
+        right[first:last] = read_factor(other) * (1.0 if on_left else coefficient)
+        first = last
+    return left, right
 
 
 def _summed(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     """What PEFT's ``add_weighted_adapter`` makes with ``linear``: sums of factors, not of their products."""
+    rows, columns = module.site.shape
     pairs = [pair for part in module.parts for pair in factors(((part.delta, 1.0),))]
-    left = _sums(module, [pair.left for pair in pairs])
-    right = _sums(module, [pair.right.t() for pair in pairs], signed=True)
+    left = _sums(module, [pair.left(slice(0, rows)) for pair in pairs])
+    right = _sums(module, [pair.right(slice(0, columns)) for pair in pairs], signed=True)
     return left.float(), right.t().float()
 
 
@@ -256,7 +264,7 @@ def _approximated(module: Module, combined: Combined, request: Request, adapters
     error = math.sqrt(max(0.0, found.norm2 - found.kept2) / found.norm2) if found.norm2 else 0.0
     facts = _facts(module, adapters, found.rank, math.sqrt(found.norm2), error, norms, kept)
     low = all(part.delta.low_rank() is not None for part in module.parts)
-    return Made(module, left, right, facts, tuple(_interference(module, _reduced(module, Method()))) if low else ())
+    return Made(module, left, right, facts, tuple(_interference(module, _reduced(module))) if low else ())
 
 
 def walk(combined: Combined, entry: TensorEntry | None) -> Iterator[tuple[slice, torch.Tensor]]:

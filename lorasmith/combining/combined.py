@@ -125,7 +125,7 @@ class _OpenCore:
     """Factors of what the rule makes of the cores."""
 
     def __init__(self, delta: Combined, dtype: torch.dtype) -> None:
-        reduced = Reduced([factors(source.deltas) for source in delta.sources])
+        reduced = Reduced([factors(source.deltas) for source in delta.sources], delta.shape)
         core = combined_core(delta.method, delta.sources, delta.name, reduced.cores)
         import torch
 
@@ -162,25 +162,37 @@ def _largest(core: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def factors(deltas: Sequence[tuple[Delta, float]]) -> list[Pair]:
-    """The factors of low-rank deltas, read in float64."""
-
+    """The products of low-rank deltas."""
     found = []
     for delta, factor in deltas:
         low = delta.low_rank()
         assert low is not None, "only low-rank deltas have factors"
-        found += [Pair(read_factor(one.left), read_factor(one.right), one.coefficient * factor) for one in low.products]
+        for one in low.products:
+            left, right = FactorRows(one.left), FactorRows(one.right.transposed())
+            found.append(Pair(one.right.shape[0], left, right, one.coefficient * factor))
     return found
+
+
+class FactorRows:
+    """Reads rows of a factor in float64."""
+
+    def __init__(self, factor: Factor) -> None:
+        self._factor = factor
+        self._reader = Reader(factor.entry.file)
+
+    def __call__(self, rows: slice) -> torch.Tensor:
+        import torch
+
+        return self._factor.read(self._reader, rows, torch.float64)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_reader"):
+            self._reader.close()
 
 
 def read_factor(factor: Factor) -> torch.Tensor:
     """A whole factor in float64."""
-    import torch
-
-    reader = Reader(factor.entry.file)
-    try:
-        return factor.read(reader, slice(0, factor.shape[0]), torch.float64)
-    finally:
-        reader.close()
+    return FactorRows(factor)(slice(0, factor.shape[0]))
 
 
 class _OpenDense:
