@@ -43,8 +43,8 @@ class AdapterFile:
     """Factors and other tensors of an adapter, in the order they are added.
 
     ``most`` gives the largest rank that each site may get, ``wholes`` the other tensors that may come, ``code`` the
-    dtype of the factors. Every B has a bias if ``biased``. ``metadata`` goes into the header, and so does the config if
-    ``inside``.
+    dtype of the factors, ``ranks`` those that were added. Every B has a bias if ``biased``. ``metadata`` goes into the
+    header, and so does the config if ``inside``.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AdapterFile:
     ) -> None:
         self._code, self._biased, self._inside = code, biased, inside
         self._config, self._metadata = config, metadata
-        self._ranks: dict[str, int] = {}
+        self.ranks: dict[str, int] = {}
         ranks = {site.module: rank for site, rank in most.items()}
         tensors = [one for site, rank in most.items() for one in _tensors(site, rank, code, biased)]
         sized = [(name, code, shape, prod(shape) * itemsize(code)) for name, code, shape in [*wholes, *tensors]]
@@ -79,7 +79,7 @@ class AdapterFile:
         import torch
 
         rank = right.shape[0]
-        self._ranks[site.module] = rank
+        self.ranks[site.module] = rank
         factors = dict(zip((site.a(rank), site.b(rank)), (right / site.times, left), strict=True))
         for (name, shape), tensor in factors.items():
             self._append(name, tensor.reshape(shape))
@@ -91,7 +91,7 @@ class AdapterFile:
         if not rounded.isfinite().all():
             raise NotFinite(
                 f"tensor {name!r} overflows {NAMES[self._code]}: it has values up to {float(tensor.abs().max()):.6g}; "
-                "use --dtype float32 or bfloat16, or smaller weights"
+                f"use {'smaller weights' if self._code == 'F32' else '--dtype float32, or smaller weights'}"
             )
         self._file.add(name, self._code, rounded)
 
@@ -110,7 +110,7 @@ class AdapterFile:
 
     def finish(self) -> tuple[int, dict[str, Any]]:
         """Write the header and return once all is on the disk: the file's size in bytes, and the config."""
-        config = self._config(self._ranks)
+        config = self._config(self.ranks)
         return self._file.finish(self._header(config)), config
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.checkpoint import Checkpoint
+from lorasmith.combining.combined import draw_name
 from lorasmith.deltas import Delta
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.errors import AdapterMismatch, Unsupported, listed
@@ -26,11 +27,17 @@ from lorasmith.structure import LABELS, Structure, config_changes
 
 @dataclass(frozen=True)
 class Bound:
-    """One delta on one tensor of the model, turned the way that is stored."""
+    """One delta on one tensor of the model, turned the way that is stored; ``flipped`` if that is (inputs, outputs)."""
 
     target: TensorEntry
     source: ModuleDelta
     delta: Delta
+    flipped: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is about the whole tensor."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -194,9 +201,22 @@ def _gather(
                 continue
             _require_rows(adapter, one, draft.entry if draft else structure.tensors[member])
             if weight != 0:
-                drafts.setdefault(member, _Draft(structure.tensors[member])).terms.append(
-                    Term(one.delta, weight, position)
-                )
+                term = Term(one.delta, weight, position, draw_name(one.source), one.flipped)
+                drafts.setdefault(member, _Draft(structure.tensors[member])).terms.append(term)
+    for draft in drafts.values():
+        draft.terms = _once(draft.terms)
+
+
+def _once(terms: Sequence[Term]) -> list[Term]:
+    """The terms without a tensor trained whole that another adapter has as well, to the bit, both at the weight 1."""
+    kept: list[Term] = []
+    for term in terms:
+        new = term.delta.new if isinstance(term.delta, Replacement) and term.factor == 1 else None
+        if new is None or not any(
+            isinstance(one.delta, Replacement) and one.factor == 1 and equal_bytes(one.delta.new, new) for one in kept
+        ):
+            kept.append(term)
+    return kept
 
 
 def _require_rows(adapter: Adapter, one: Bound, entry: TensorEntry) -> None:
@@ -305,6 +325,8 @@ def _new_layers(
                     f"{adapter.path}: {one.tensors[0]!r} is a layer that {structure.architecture} has not, and the "
                     "adapter's config has no task_type that would say which class has; name it with --architecture"
                 )
+            if name in slots and equal_bytes(slots[name].entry, one.delta.entries[0]):
+                continue
             if name in slots:
                 raise AdapterMismatch(f"{adapter.path}: {name!r} is a new layer of another adapter as well")
             slots[name] = Slot(name, one.delta.entries[0])

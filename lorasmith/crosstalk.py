@@ -81,17 +81,17 @@ def summed(modules: Iterable[ModuleInterference]) -> tuple[Interference, ...]:
 
 
 def _sum(pair: tuple[int, int], modules: Sequence[ModuleInterference]) -> Interference:
-    mine, theirs = (math.sqrt(math.fsum(one.norms[side] ** 2 for one in modules)) for side in (0, 1))
+    mine, theirs = (math.hypot(*(one.norms[side] for one in modules)) for side in (0, 1))
     return Interference(
         one=pair[0],
         other=pair[1],
         modules=len(modules),
-        cosine=math.fsum(one.cosine * one.norms[0] * one.norms[1] for one in modules) / (mine * theirs),
+        cosine=math.fsum(one.cosine * (one.norms[0] / mine) * (one.norms[1] / theirs) for one in modules),
         input_overlap=math.fsum(one.input_overlap for one in modules) / len(modules),
         output_overlap=math.fsum(one.output_overlap for one in modules) / len(modules),
         crosstalk=(
-            math.sqrt(math.fsum((one.crosstalk[0] * one.norms[0]) ** 2 for one in modules)) / mine,
-            math.sqrt(math.fsum((one.crosstalk[1] * one.norms[1]) ** 2 for one in modules)) / theirs,
+            math.hypot(*(one.crosstalk[0] * one.norms[0] for one in modules)) / mine,
+            math.hypot(*(one.crosstalk[1] * one.norms[1] for one in modules)) / theirs,
         ),
         norm_ratio=theirs / mine,
     )

@@ -57,16 +57,17 @@ class Criterion:
             ("max_error", 0.0, 1.0),
             ("sv_fro", 0.0, 1.0),
             ("sv_cumulative", 0.0, 1.0),
-            ("sv_ratio", 1.0, math.inf),
+            ("sv_ratio", 1.0, 1e300),
         ):
             value = getattr(self, name)
             # an error of 0 keeps all there is, an energy of 0 would keep nothing
             if value is not None and not (low <= value <= high and (value > 0 or name == "max_error")):
-                raise BadOption(f"{_option(name)} must be between {low:g} and {high:g}, not {value:g}")
+                bounds = f"between {low:g} and {high:g}" if high == 1 else f"a number from {low:g} on"
+                raise BadOption(f"{_option(name)} must be {bounds}, not {value:g}")
         for name in ("rank", "params"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadOption(f"{_option(name)} must be at least 1, not {value}")
+            if value is not None and (type(value) is not int or value < 1):
+                raise BadOption(f"{_option(name)} must be a whole number from 1 on, not {value}")
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -149,8 +150,7 @@ class Reduced:
 
     ``deltas`` are the products of each: all are stacked together. ``cores[i]`` has shape (p, q), at most the total
     rank, and ``inputs[i]``, ``outputs[i]`` hold the i-th delta's A and B in the bases: (q, rankᵢ) and (p, rankᵢ).
-    ``floor`` is the size of what rounding may leave where a sum is zero. Only with its ``bases`` can it ``expand``;
-    without them it takes little memory, whatever the ``shape`` of the weight.
+    Only with its ``bases`` can it ``expand``; without them it takes little memory, however large ``shape`` is.
     """
 
     def __init__(self, deltas: Sequence[Sequence[Pair]], shape: tuple[int, int], *, bases: bool = True) -> None:
@@ -168,8 +168,18 @@ class Reduced:
             self.inputs.append(self._right.triangle[:, first:last])
             self.cores.append(self.outputs[-1] * _coefficients(delta) @ self.inputs[-1].t())
             first = last
-        norms = zip(pairs, self._left.norms, self._right.norms, strict=True)
-        self.floor = ROUNDING * math.fsum(abs(pair.coefficient) * left * right for pair, left, right in norms)
+        self._sizes = [one * other for one, other in zip(self._left.norms, self._right.norms, strict=True)]
+        self._deltas = deltas
+
+    def floor(self, weights: Sequence[float]) -> float:
+        """The size of what rounding may leave where the deltas' weighted sum is zero."""
+        factors = [
+            abs(weight * pair.coefficient)
+            for weight, delta in zip(weights, self._deltas, strict=True)
+            for pair in delta
+            for _ in range(pair.rank)
+        ]
+        return ROUNDING * math.fsum(factor * size for factor, size in zip(factors, self._sizes, strict=True))
 
     def expand(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``Q_b · left`` and ``(Q_a · right)ᵀ``: a core's factors, (p, k) and (q, k), as those of the weight."""
@@ -194,14 +204,15 @@ class _Basis:
 
         self._rows = rows
         self.triangle = torch.empty(0, 0, dtype=torch.float64)
-        squares = [0.0 for _ in matrices]
+        squares = torch.zeros(0, dtype=torch.float64)
         for first in range(0, rows, step):
             parts = [read(slice(first, min(rows, first + step))) for read in matrices]
-            squares = [so_far + float(part.square().sum()) for so_far, part in zip(squares, parts, strict=True)]
             stacked = torch.cat(parts, dim=1)
+            here = stacked.square().sum(dim=0)
+            squares = squares + here if first else here
             self._reflectors, self._tau = torch.geqrf(torch.cat([self.triangle, stacked]) if first else stacked)
             self.triangle = self._reflectors[: len(self._tau)].triu()
-        self.norms = [math.sqrt(square) for square in squares]
+        self.norms: list[float] = squares.sqrt().tolist()
 
     def apply(self, small: torch.Tensor) -> torch.Tensor:
         """``Q · small``."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.adapterfile import INSIDE, AdapterFile, Spot, dumped
-from lorasmith.combining import Method
+from lorasmith.combining import LINEAR
 from lorasmith.combining.combined import Combined, Source, read_factor
 from lorasmith.dtypes import itemsize
 from lorasmith.execution.torchthreads import in_order
 from lorasmith.formats.peft import plain_names
-from lorasmith.formats.writing import lora_config
+from lorasmith.formats.writing import Site, lora_config
 from lorasmith.growingfile import GrowingFile
 from lorasmith.mixture import Mixture, Module, Whole, saved_modules, trained_tokens
 from lorasmith.recompression import Made, Request, make, walk
@@ -65,10 +65,10 @@ def write(job: Job, spot: Spot | None) -> tuple[int, list[Made]]:
         return _copy(job, spot), [_without_factors(made) for made in _made(job)]
     mixture = job.mixture
     record = dumped(job.record)
-    kept = mixture.adapters[0][0].metadata if len(mixture.adapters) == 1 else {}
+    kept = _foreign(mixture.adapters[0][0].metadata) if len(mixture.adapters) == 1 else {}
     file = AdapterFile(
         spot.path,
-        {module.site: max(1, _most(module, job)) for module in mixture.modules},
+        {module.site: max(1, module.rank, _most(module, job)) for module in mixture.modules},
         [_shape(whole) for whole in mixture.wholes],
         lambda ranks: _config(mixture, ranks),
         code=job.request.code,
@@ -88,20 +88,55 @@ def write(job: Job, spot: Spot | None) -> tuple[int, list[Made]]:
     return size, found
 
 
+def _foreign(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a header says that neither names the adapter's config nor how it was made."""
+    return {key: value for key, value in metadata.items() if key not in (INSIDE, "lorasmith")}
+
+
 def _write_modules(file: AdapterFile, job: Job) -> list[Made]:
-    """Modules of rank 0 are left out, unless all are: an adapter that does nothing has factors, too."""
+    """Modules of rank 0 are left out, unless all are: an adapter that does nothing has factors, too.
+
+    They get factors of zeros also where something else of theirs is stored, which PEFT finds only beside factors.
+    """
+    attention = {site.module for site in _attention(job.mixture)}
+    held = {whole.source.module for whole in job.mixture.wholes}
     found = []
     for made in _made(job):
-        if made.facts.rank_out:
-            file.add(made.module.site, made.left, made.right, _bias(made.module))
+        module, rank = made.module, made.facts.rank_out
+        if module.site.module in attention:
+            rank = _attention_rank(module, job)
+        elif not rank and (module.biases or module.site.module in held):
+            rank = 1
+        if rank:
+            file.add(module.site, _wide(made.left, rank), _wide(made.right.t(), rank).t(), _bias(module))
         found.append(_without_factors(made))
-    if not any(made.facts.rank_out for made in found):
+    if not any(made.facts.rank_out for made in found) and not file.ranks:
         import torch
 
         for module in job.mixture.modules:
             rows, columns = module.site.shape
             file.add(module.site, torch.zeros(rows, 1), torch.zeros(1, columns), _bias(module))
     return found
+
+
+def _attention(mixture: Mixture) -> list[Site]:
+    """The sites of ``torch.nn.MultiheadAttention``, for whose input and output PEFT has one rank."""
+    outputs = {
+        module.site.module.rpartition(".base_layer.")[0] for module in mixture.modules if module.site.is_attention
+    }
+    return [one.site for one in mixture.modules if one.site.is_attention or one.site.module in outputs]
+
+
+def _attention_rank(module: Module, job: Job) -> int:
+    """One rank for both, whatever their deltas need: what is not needed is zero."""
+    return min(module.rank, job.request.criterion.rank or module.rank)
+
+
+def _wide(factor: torch.Tensor, rank: int) -> torch.Tensor:
+    """A factor with columns of zeros to the right."""
+    import torch
+
+    return torch.nn.functional.pad(factor, (0, rank - factor.shape[1])) if factor.shape[1] < rank else factor
 
 
 def _without_factors(made: Made) -> Made:
@@ -143,9 +178,7 @@ def _weighed(whole: Whole) -> Iterator[memoryview]:
     """``W0 + Σ wᵢ(newᵢ − W0)`` in float32, some rows at a time."""
     import torch
 
-    combined = Combined(
-        Method(), tuple(Source(((delta, 1.0),), weight, "") for delta, weight in whole.parts), whole.name
-    )
+    combined = Combined(LINEAR, tuple(Source(((delta, 1.0),), weight) for delta, weight in whole.parts))
     opened = combined.open(torch.float32, lambda: walk(combined, whole.entry))
     for rows, w0 in walk(combined, whole.entry):
         total = w0.clone()
@@ -159,7 +192,7 @@ def _config(mixture: Mixture, ranks: Mapping[str, int], alphas: Mapping[str, flo
         adapters,
         ranks,
         alphas or ranks,
-        every=len(ranks) == len(mixture.modules),
+        every=len(ranks) == len(mixture.modules) and not mixture.dropped,
         lora_bias=any(module.biases for module in mixture.modules),
         saved=saved_modules(mixture),
         tokens=trained_tokens(mixture),
@@ -180,15 +213,16 @@ def _copy(job: Job, spot: Spot) -> int:
     (adapter,) = (adapter for adapter, weight in job.mixture.adapters if weight != 0)
     header, _ = read_weights(adapter.file)
     names = {entry.name: entry.name for entry in header.entries} if spot.inside else plain_names(header)
-    metadata = {**header.metadata, "format": "pt"}
+    entries = [entry for entry in header.entries if spot.inside or adapter.config or not entry.name.endswith(".alpha")]
+    metadata = {**_foreign(header.metadata), "format": "pt"}
     if spot.inside:
         metadata["lorasmith"] = dumped(job.record)
         if adapter.config:
             metadata[INSIDE] = dumped(adapter.config)
-    facts = [(names[one.name], one.dtype, one.shape, one.nbytes) for one in header.entries]
+    facts = [(names[one.name], one.dtype, one.shape, one.nbytes) for one in entries]
     file = GrowingFile(spot.path, facts, metadata)
     try:
-        for entry in header.entries:
+        for entry in entries:
             file.copy(names[entry.name], entry)
         size = file.finish(metadata)
     finally:

@@ -18,12 +18,12 @@ from lorasmith.adapter import Adapter
 from lorasmith.adapterfile import dumped, is_file, open_spot
 from lorasmith.arguments import AdapterArguments, Given, Path, Weighted, weigh_modules, weighted
 from lorasmith.checkpoint import Checkpoint, open_checkpoint, require_path
-from lorasmith.combining import choose
+from lorasmith.combining import LINEAR, choose
 from lorasmith.combining.combined import read_factor
 from lorasmith.deltas.dora import Dora
 from lorasmith.deltas.low_rank import Factor
 from lorasmith.dtypes import BY_OPTION, torch_dtype
-from lorasmith.errors import BadOption
+from lorasmith.errors import BadOption, listed
 from lorasmith.execution import default_threads
 from lorasmith.execution.destination import check_output
 from lorasmith.execution.torchthreads import in_order
@@ -32,6 +32,7 @@ from lorasmith.lowrank import Criterion, allocate
 from lorasmith.mixfile import Job, write
 from lorasmith.mixreport import report_mix
 from lorasmith.mixture import Mixture, gather
+from lorasmith.planning import refuse_residual
 from lorasmith.recompression import Request, folded, folds_left, singular_values
 from lorasmith.records import Interference, MixReport, Progress
 
@@ -115,8 +116,18 @@ def resize(
 
 
 def interference(adapters: AdapterArguments) -> tuple[Interference, ...]:
-    """What every two of several adapters are to each other, in the modules that both change; takes no base."""
-    return mix(adapters, dry_run=True).interference
+    """What every two of several adapters are to each other, in the modules that both change.
+
+    Only products count, of DoRA its direction; no base is needed.
+    """
+    pairs = [(one.read(), one.weight) for one in weighted(adapters)]
+    low = [
+        (replace(adapter, deltas=tuple(one for one in adapter.deltas if one.delta.low_rank())), weight)
+        for adapter, weight in _directions(pairs)
+    ]
+    run = _Run(None, "keep", None, overwrite=False, dry_run=True, progress=None)
+    job = _job(gather(low, LINEAR), Request(), run, {}, verbatim=False)
+    return report_mix(job, write(job, None)[1], None, time.monotonic()).interference
 
 
 @dataclass(frozen=True)
@@ -157,14 +168,14 @@ def _directions(adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[Adapter
 
 def _require_sense(request: Request) -> None:
     criterion, method = request.criterion, request.method
-    if request.balance and not (criterion.rank or criterion.energy):
+    if request.balance and criterion.rank is None and criterion.energy is None:
         raise BadOption("--balance shares out what --rank or --energy keep; give one of them")
     if method.space == "dense":
         _require_cut(request, f"--method {method.name} --space dense makes deltas of full rank")
 
 
 def _require_cut(request: Request, why: str) -> None:
-    if not (request.criterion.rank or request.criterion.energy or request.criterion.max_error) or request.balance:
+    if not {"rank", "energy", "max_error"} & set(request.criterion.given) or request.balance:
         raise BadOption(f"{why}, so it takes --rank, --energy or --max-error (without --balance) to store them")
 
 
@@ -180,6 +191,9 @@ def _mix(
     started = time.monotonic()
     if run.dtype != "keep" and run.dtype not in BY_OPTION:
         raise BadOption(f"dtype {run.dtype!r} is not one of keep, {', '.join(BY_OPTION)}")
+    if run.threads is not None and run.threads < 1:
+        raise BadOption(f"threads must be at least 1, not {run.threads}")
+    preferred = _preferred(given, prefer)
     for one in given:
         require_path(one.path)
     checkpoint = None if base is None else open_checkpoint(os.fspath(base))
@@ -190,12 +204,11 @@ def _mix(
     adapters = weigh_modules([one.read() for one in given], given, patterns)
     pairs = [(adapter, one.weight) for adapter, one in zip(adapters, given, strict=True)]
     verbatim = _is_alone(pairs, request, run)
-    mixture = gather(_directions(pairs) if verbatim else pairs, request.method, prefer=prefer, base=checkpoint)
-    if any(module.entry is not None for module in mixture.modules):
-        _require_cut(request, "what DoRA does is of full rank")
-    if any(module.dense is not None for module in mixture.modules) and request.criterion.params:
-        raise BadOption("--params shares out what can be computed beforehand, which this mix cannot; give --rank")
-    request = replace(request, code=_code(mixture, request, run.dtype))
+    if not verbatim:
+        refuse_residual(adapters)
+    mixture = gather(_directions(pairs) if verbatim else pairs, request.method, prefer=preferred, base=checkpoint)
+    _require_possible(mixture, request)
+    request = replace(request, code=_code(mixture, request, run.dtype, verbatim=verbatim))
     job = _job(mixture, request, run, _record(mixture, request, patterns, checkpoint, run.dtype), verbatim=verbatim)
     stamps = [adapter.stamp for adapter in adapters] + [
         shard.stamp for shard in (checkpoint.shards if checkpoint else ())
@@ -206,6 +219,35 @@ def _mix(
         size, made = write(job, spot)
     report = report_mix(job, made, out, started, size)
     return replace(report, adapter=_kept(spot.path)) if out is None and spot is not None else report
+
+
+def _preferred(given: Sequence[Weighted], prefer: str | None) -> int | None:
+    """The position of the adapter that is preferred, by its path or as it was given."""
+    if prefer is None:
+        return None
+    wanted = os.path.normpath(prefer)
+    for position, one in enumerate(given):
+        if wanted in (os.path.normpath(one.path), os.path.normpath(one.text)):
+            return position
+    raise BadOption(f"--prefer {prefer} is none of the adapters: {listed([one.path for one in given], 8)}")
+
+
+def _require_possible(mixture: Mixture, request: Request) -> None:
+    if any(module.entry is not None for module in mixture.modules):
+        _require_cut(request, "what DoRA does is of full rank")
+    if request.criterion.params is None:
+        return
+    if any(module.dense is not None for module in mixture.modules):
+        raise BadOption("--params shares out what can be computed beforehand, which this mix cannot; give --rank")
+    if any(module.site.is_attention for module in mixture.modules):
+        raise BadOption(
+            "--params cannot be kept to with torch.nn.MultiheadAttention, which has one rank for two layers"
+        )
+    least = min(sum(module.site.shape) for module in mixture.modules)
+    if request.criterion.params < least:
+        raise BadOption(
+            f"--params {request.criterion.params} is less than the {least} of the smallest module at rank 1"
+        )
 
 
 def _job(mixture: Mixture, request: Request, run: _Run, record: Mapping[str, Any], *, verbatim: bool) -> Job:
@@ -221,8 +263,10 @@ def _job(mixture: Mixture, request: Request, run: _Run, record: Mapping[str, Any
     return Job(mixture, request, ranks, record, threads, verbatim, run.progress)
 
 
-def _code(mixture: Mixture, request: Request, dtype: str) -> str:
+def _code(mixture: Mixture, request: Request, dtype: str, *, verbatim: bool) -> str:
     """The format code of the factors: float32, unless all stay what they are in the dtype that they are stored in."""
+    if verbatim:
+        return next(entry.dtype for module in mixture.modules for entry in module.parts[0].delta.entries)
     if dtype != "keep":
         return BY_OPTION[dtype]
     if request.criterion or not request.method.is_linear or any(module.biases for module in mixture.modules):
@@ -256,7 +300,7 @@ def _record(
         "weights": list(patterns),
         "dtype": dtype,
         "adapters": [
-            {"weight": weight, "sha256": adapter.sha256, "names_base": adapter.names_base}
+            {"weight": weight, "sha256": adapter.sha256, "config": _digest(adapter.config)}
             for adapter, weight in mixture.adapters
         ],
         "whole": {whole.name: whole.adapter for whole in mixture.wholes},

@@ -11,15 +11,15 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorasmith import planning
 from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.assembly import Bound
 from lorasmith.checkpoint import Checkpoint
-from lorasmith.combining import Method
-from lorasmith.combining.combined import Combined, Source
+from lorasmith.combining import LINEAR, Method
+from lorasmith.combining.combined import Combined, Source, draw_name
 from lorasmith.deltas import Delta
 from lorasmith.deltas.addition import Addition
 from lorasmith.deltas.replacement import Replacement
@@ -33,12 +33,15 @@ from lorasmith.structure import open_structure
 
 @dataclass(frozen=True)
 class Part:
-    """What the adapter at a position does to a module, (outputs, inputs), its weight there, and its file's digest."""
+    """What the adapter at a position does to a module, (outputs, inputs), its weight there, and what names both
+    to what is drawn.
+    """
 
     adapter: int
     delta: Delta
     weight: float
     digest: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,16 @@ class Whole:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Everything that a mix is made of, from ``adapters`` with their weights."""
+    """Everything that a mix is made of, from ``adapters`` with their weights.
+
+    ``dropped`` says that some modules of theirs have the weight 0.
+    """
 
     adapters: tuple[tuple[Adapter, float], ...]
     modules: tuple[Module, ...]
     wholes: tuple[Whole, ...]
     method: Method
+    dropped: bool
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -89,45 +96,40 @@ class Mixture:
 Weighted = Sequence[tuple[Adapter, float]]
 
 
-def gather(adapters: Weighted, method: Method, *, prefer: str | None = None, base: Checkpoint | None = None) -> Mixture:
+def gather(adapters: Weighted, method: Method, *, prefer: int | None = None, base: Checkpoint | None = None) -> Mixture:
     """Sort out what adapters have for each module.
 
-    ``prefer`` names the adapter whose tensors count where they cannot be combined; ``base`` is the model against which
-    they can. Raises AdapterMismatch where adapters do not go together, Unsupported where it takes a base, BadOption.
+    ``prefer`` is the position of the adapter whose tensors count where they cannot be combined; ``base`` is the model
+    against which they can. Raises AdapterMismatch where adapters do not go together, Unsupported where it takes a base
+    or PEFT could not load the result, BadOption.
     """
     if not adapters:
         raise BadOption("no adapter was given: lorasmith mix ADAPTER[:WEIGHT]... -o OUT")
-    preferred = _preferred(adapters, prefer)
     if base is None:
         _require_one_base([adapter for adapter, _ in adapters])
     bound = _bind(base, adapters)
     notes: list[str] = []
     modules = tuple(_modules(adapters, method, bound))
-    wholes = tuple(_wholes(adapters, preferred, bound, notes))
-    if not modules and not wholes:
-        raise BadOption("every adapter has the weight 0, so that nothing is left to mix")
+    if not modules:
+        raise BadOption("the weights leave no LoRA to mix: all of it has the weight 0")
+    wholes = tuple(_named(one, modules) for one in _wholes(adapters, prefer, bound, notes))
+    _require_loadable(adapters, modules, wholes)
+    weighing = [adapter for adapter, weight in adapters if weight]
+    had = {(one.module, one.parameter) for adapter in weighing for one in adapter.deltas if one.delta.rank}
     return Mixture(
         tuple(adapters),
         modules,
         wholes,
         method,
+        len(had) > len(modules),
         tuple(dict.fromkeys([*(note for adapter, _ in adapters for note in adapter.notes), *notes])),
         tuple(_warnings(adapters, modules)),
     )
 
 
-def _preferred(adapters: Weighted, prefer: str | None) -> int | None:
-    if prefer is None:
-        return None
-    found = [position for position, (adapter, _) in enumerate(adapters) if adapter.path == prefer]
-    if not found:
-        raise BadOption(f"--prefer {prefer} is none of the adapters: {listed([one.path for one, _ in adapters], 8)}")
-    return found[0]
-
-
 def _require_one_base(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters that name different bases: their modules are alike by accident."""
-    named = {os.path.basename(one.names_base.rstrip("/")).lower(): one for one in adapters if one.names_base}
+    named = {_short(one.names_base): one for one in adapters if one.names_base}
     if len(named) > 1:
         (first, one), (second, other) = list(named.items())[:2]
         raise AdapterMismatch(
@@ -136,13 +138,60 @@ def _require_one_base(adapters: Sequence[Adapter]) -> None:
         )
 
 
+def _short(name: str) -> str:
+    return os.path.basename(name.rstrip("/")).lower()
+
+
 def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound]:
     """Every delta on the base's tensor, by the delta's identity; none without a base."""
     if base is None:
         return {}
     structure = open_structure(base, [adapter for adapter, _ in adapters], None)
     bindings = [planning.bind(base, structure, adapter, planning.Options()) for adapter, _ in adapters]
-    return {id(one.source): one for binding in bindings for one in binding.bound}
+    found = {id(one.source): one for binding in bindings for one in binding.bound}
+    names: dict[str, tuple[str, str]] = {}
+    for adapter, _ in adapters:
+        for source in adapter.deltas:
+            if id(source) in found and found[id(source)].is_whole:
+                name, path = names.setdefault(found[id(source)].target.name, (source.module, adapter.path))
+                if name != source.module:
+                    raise AdapterMismatch(
+                        f"{path} calls a layer {name!r} and {adapter.path} calls it {source.module!r}; an adapter can "
+                        f"have only one name for it. {_MERGE}"
+                    )
+    return found
+
+
+def _require_loadable(adapters: Weighted, modules: Sequence[Module], wholes: Sequence[Whole]) -> None:
+    """Refuse what no single LoraConfig of PEFT's can express."""
+    sites = {module.site.module: module for module in modules}
+    biased = any(module.biases for module in modules)
+    for module in modules:
+        if biased and module.site.embedding:
+            raise Unsupported(
+                f"{module.site.module!r} is an embedding, and another module has a bias on its LoRA (lora_bias), which "
+                f"PEFT has not for embeddings; {_MERGE}"
+            )
+    for whole in wholes:
+        rows = isinstance(whole.source.delta, TokenRows)
+        replaces = rows or (whole.source.parameter == "weight" and not _is_base(whole.source))
+        if replaces and whole.source.module in sites:
+            what = "single rows of" if rows else "all of"
+            raise Unsupported(
+                f"{adapters[whole.adapter][0].path} trains {what} {whole.source.module!r} ({whole.stored.name}), and "
+                f"another adapter has a LoRA on it; PEFT loads only one of them. {_MERGE}"
+            )
+
+
+_MERGE = "Merge the adapters into the model instead: lorasmith merge BASE ADAPTER:WEIGHT... -o OUT"
+
+
+def _named(whole: Whole, modules: Sequence[Module]) -> Whole:
+    """The tensor under the name that PEFT has for it: of a layer that has a LoRA, the one within it."""
+    layer = ".base_layer" if any(module.site.module == whole.source.module for module in modules) else ""
+    rows = isinstance(whole.source.delta, TokenRows)
+    name = TOKEN_ROWS if rows else f"{layer}.{whole.source.parameter}"
+    return replace(whole, name=f"{PREFIX}{whole.source.module}{name}" if whole.source.module else PREFIX + name[1:])
 
 
 def _each(adapters: Weighted) -> Iterator[tuple[int, ModuleDelta, float]]:
@@ -186,7 +235,7 @@ def _module(
             )
     site = sites[0]
     parts = tuple(
-        Part(position, site.turned(source.delta), weight, adapters[position][0].sha256)
+        Part(position, site.turned(source.delta), weight, adapters[position][0].sha256, draw_name(source))
         for position, source, weight in some
     )
     on_base = [source for _, source, _ in some if source.delta.needs_base]
@@ -195,6 +244,11 @@ def _module(
             f"{adapters[some[0][0]][0].path}: what {on_base[0].delta.kind} does to {on_base[0].module!r} depends on "
             "the base, so it can only be mixed against one: lorasmith mix ... --base BASE --rank N. Or merge them "
             "straight into the model: lorasmith merge BASE ADAPTER:WEIGHT... -o OUT"
+        )
+    if on_base and not method.is_linear and method.space != "dense":
+        raise Unsupported(
+            f"{on_base[0].delta.entries[0].name!r} belongs to a {on_base[0].delta.kind}, which is of no low rank, so "
+            f"that --method {method.name} has no core to work on; use --space dense, or the plain sum"
         )
     if not on_base and (method.space == "core" or method.is_linear):
         return Module(site, parts, biases)
@@ -213,16 +267,19 @@ def _dense(
         bound[id(source)].delta if bound else part.delta
         for (_, source, _), part in zip(some, module.parts, strict=True)
     ]
-    sources = tuple(
-        Source(((delta, 1.0),), part.weight, part.digest) for delta, part in zip(deltas, module.parts, strict=True)
-    )
     first = some[0][1]
-    turned = bool(bound) and module.site.embedding != (deltas[0] is not first.delta)
+    turned = module.site.embedding != bool(bound and bound[id(first)].flipped)
+    if not bound and turned:
+        deltas = [delta.transposed() for delta in deltas]
+    sources = tuple(
+        Source(((delta, 1.0),), part.weight, part.digest, part.name, bool(bound and bound[id(source)].flipped))
+        for delta, part, (_, source, _) in zip(deltas, module.parts, some, strict=True)
+    )
     return Module(
         module.site,
         module.parts,
         module.biases,
-        Combined(method if method.space == "dense" else Method(), sources, first.module),
+        Combined(method if method.space == "dense" else LINEAR, sources),
         bound[id(first)].target if bound else None,
         turned,
     )
@@ -252,18 +309,19 @@ def _whole(
     position, source, weight = chosen or some[0]
     stored = source.delta.entries[0]
     weights = [one[2] for one in some]
+    name = stored.name
     alike = all(_is_alike(source, other) for _, other, _ in some)
     passes = alike and (_is_whole(weights) or _is_base(source))
     if chosen is not None and not passes:
         notes.append(f"{stored.name} is that of {adapters[position][0].path}, as it is (--prefer)")
     if chosen is not None or passes:
-        return Whole(_name(source), source, position, stored)
+        return Whole(name, source, position, stored)
     entry = bound[id(source)].target if all(id(other) in bound for _, other, _ in some) else None
     fits = entry is not None and all(
         isinstance(other.delta, Replacement) and other.delta.new.shape == entry.shape for _, other, _ in some
     )
     if fits and entry is not None:
-        return Whole(_name(source), source, position, stored, entry, tuple((other.delta, w) for _, other, w in some))
+        return Whole(name, source, position, stored, entry, tuple((other.delta, w) for _, other, w in some))
     owners = [adapters[at][0].path for at, _, _ in some]
     what = f"{stored.name!r} is trained whole in {listed(owners)}"
     why = (
@@ -273,10 +331,12 @@ def _whole(
         if not alike
         else "with weights that do not add up to 1"
     )
-    raise AdapterMismatch(
-        f"{what}, {why}: what that means depends on the base. Give it with --base BASE, or take one as it is with "
-        f"--prefer {owners[0]}"
+    base = (
+        "and the base has no such tensor; take"
+        if bound
+        else "which depends on the base: give it with --base BASE, or take"
     )
+    raise AdapterMismatch(f"{what}, {why}, {base} one as it is with --prefer {owners[0]}")
 
 
 def _is_whole(weights: Sequence[float]) -> bool:
@@ -295,14 +355,6 @@ def _is_alike(one: ModuleDelta, other: ModuleDelta) -> bool:
     return len(set(tokens)) <= 1 and mine.shape == theirs.shape and equal_bytes(mine.entries[0], theirs.entries[0])
 
 
-def _name(source: ModuleDelta) -> str:
-    """What PEFT calls a tensor that is stored whole."""
-    if isinstance(source.delta, TokenRows):
-        return f"{PREFIX}{source.module}{TOKEN_ROWS}"
-    layer = ".base_layer" if any(f".base_layer.{source.parameter}" in name for name in source.tensors) else ""
-    return f"{PREFIX}{source.module}{layer}.{source.parameter}"
-
-
 def saved_modules(mixture: Mixture) -> list[str]:
     """The names in the adapters' ``modules_to_save`` whose layers are in the mix."""
     modules = {whole.source.module for whole in mixture.wholes}
@@ -317,9 +369,14 @@ def _names(value: object) -> list[str]:
 
 
 def trained_tokens(mixture: Mixture) -> Any:
-    """``trainable_token_indices`` of the adapter whose rows are in the mix; None without any."""
-    owners = [whole.adapter for whole in mixture.wholes if isinstance(whole.source.delta, TokenRows)]
-    return mixture.adapters[owners[0]][0].config.get("trainable_token_indices") if owners else None
+    """``trainable_token_indices`` of the layers whose rows are in the mix; None without any."""
+    rows = [(whole, whole.source.delta) for whole in mixture.wholes if isinstance(whole.source.delta, TokenRows)]
+    if len(rows) == 1:
+        said = mixture.adapters[rows[0][0].adapter][0].config.get("trainable_token_indices")
+        if isinstance(said, list):
+            return said
+    tokens = {whole.source.module: list(delta.tokens) for whole, delta in rows}
+    return tokens or None
 
 
 # ------------------------------------------------------------------------------------------------------ to tell
@@ -332,15 +389,18 @@ def _warnings(adapters: Weighted, modules: Sequence[Module]) -> Iterator[str]:
             yield f"{adapter.path} says nothing about alpha: its scale was taken to be 1"
         if weight == 0:
             yield f"{adapter.path} has weight 0 and is not in the mix"
+    full = {one.names_base.rstrip("/"): None for one, _ in adapters if one.names_base}
+    if len(full) > len({_short(name) for name in full}):
+        yield f"the adapters name different bases ({listed(list(full))}); if these are not one model, nothing fits"
     names: dict[str, str] = {}
     for module in modules:
-        tail = re.sub(r"^.*?(?=\.?\blayers?\.\d|\.?\bblocks?\.\d|\.?\bh\.\d)", "", module.site.module)
+        tail = re.sub(r"^.*?(?=\b(layers?|blocks?|h)\.\d)", "", module.site.module)
         other = names.setdefault(tail, module.site.module)
         if other != module.site.module and {part.adapter for part in module.parts}.isdisjoint(
             part.adapter for one in modules if one.site.module == other for part in one.parts
         ):
             yield (
                 f"{other} and {module.site.module} are of different adapters and end alike; if they are the same layer "
-                "under two names, mix with --base BASE"
+                f"under two names, half of it is lost on loading. {_MERGE}"
             )
             return

@@ -70,7 +70,9 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         raise BadOption(f"dtype {options.dtype!r} is not one of keep, {', '.join(BY_OPTION)}")
     dtype = BY_OPTION.get(options.dtype)
     if not options.base_is_residual:
-        _refuse_residual([adapter for adapter, _ in adapters])
+        refuse_residual(
+            [adapter for adapter, _ in adapters], ", or use --base-is-residual if the base is the changed one"
+        )
     structure = open_structure(checkpoint, [adapter for adapter, _ in adapters], options.architecture)
     bindings = [bind(checkpoint, structure, adapter, options) for adapter, _ in adapters]
     assembly = assemble(
@@ -128,6 +130,7 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         notes=(
             *checkpoint.notes,
             *(note for adapter, _ in adapters for note in adapter.notes),
+            *_rule_notes(options),
             *_notes(structure, bindings),
         ),
         warnings=tuple(_warnings(checkpoint, adapters, uses)),
@@ -161,14 +164,23 @@ def _rule(options: Options) -> dict[str, Any]:
     return {**method, **({"weights": list(options.weights)} if options.weights else {})}
 
 
-def _refuse_residual(adapters: Sequence[Adapter]) -> None:
+def _rule_notes(options: Options) -> Iterator[str]:
+    method = options.method
+    if not method.is_linear:
+        facts = f"density {method.density:g}, space {method.space}"
+        yield f"adapters that change one weight are combined by {method.name} ({facts})"
+    if options.weights:
+        yield f"weights of modules are multiplied by {', '.join(options.weights)}"
+
+
+def refuse_residual(adapters: Sequence[Adapter], way_out: str = "") -> None:
     """Refuse deltas against a base that the adapter's own initialisation has changed."""
     for adapter in adapters:
         if adapter.residual is not None:
             raise Unsupported(
                 f"{adapter.path} was initialised with {adapter.residual} (init_lora_weights in adapter_config.json), "
                 "which changes the base: its delta is against that changed base. Save it again with PEFT's "
-                "path_initial_model_for_weight_conversion, or use --base-is-residual if the base is the changed one"
+                f"path_initial_model_for_weight_conversion{way_out}"
             )
 
 
@@ -209,13 +221,14 @@ def bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, options
     bound = []
     for one in matched:
         delta = one.source.delta
-        if not one.source.stored_as_base and _is_flipped(checkpoint, adapter, one):
+        flipped = not one.source.stored_as_base and _is_flipped(checkpoint, adapter, one)
+        if flipped:
             delta = delta.transposed()
         now = replace(one, target=grown.get(one.target.name, one.target))
         if isinstance(delta, TokenRows):
             delta = _on(adapter, now, delta)
         _require_fit(adapter, now, delta)
-        bound.append(Bound(one.target, one.source, delta))
+        bound.append(Bound(one.target, one.source, delta, flipped))
     used = [*(one.source for one in matched), *heads]
     return Binding(
         tuple(bound),

@@ -63,7 +63,7 @@ def make(module: Module, request: Request, adapters: int, rank: int | None = Non
     reduced = _reduced(module, bases=cuts)
     core = _core(module, reduced, request.method)
     if cuts:
-        left, right, error, kept = _recompressed(reduced, core, request, rank)
+        left, right, error, kept = _recompressed(reduced, core, request, _floor(module, reduced), rank)
     else:
         left, right = _summed(module) if request.method.name == "peft-linear" else _concatenated(module)
         total = _core(module, reduced, LINEAR)
@@ -95,7 +95,11 @@ def _rounded(made: Made, code: str) -> Made:
 def singular_values(module: Module, request: Request) -> tuple[float, ...]:
     """Of the module's combination, largest first, without what is only rounding."""
     reduced = _reduced(module)
-    return spectrum(_core(module, reduced, request.method), reduced.floor).values
+    return spectrum(_core(module, reduced, request.method), _floor(module, reduced)).values
+
+
+def _floor(module: Module, reduced: Reduced) -> float:
+    return reduced.floor([part.weight for part in module.parts])
 
 
 def _reduced(module: Module, *, bases: bool = False) -> Reduced:
@@ -106,8 +110,11 @@ def _core(module: Module, reduced: Reduced, method: Method) -> torch.Tensor:
     """What the rule makes of the deltas' cores."""
     if method.name == "peft-linear":
         return _sums(module, reduced.outputs) @ _sums(module, reduced.inputs, signed=True).t()
-    sources = [Source(((part.delta, 1.0),), part.weight, part.digest) for part in module.parts]
-    return combined_core(method, sources, module.site.module, reduced.cores)
+    sources = [
+        Source(((part.delta, 1.0),), part.weight, part.digest, part.name, module.site.embedding)
+        for part in module.parts
+    ]
+    return combined_core(method, sources, reduced.cores)
 
 
 def _interference(module: Module, reduced: Reduced) -> list[ModuleInterference]:
@@ -209,16 +216,16 @@ def _sums(module: Module, stacks: Sequence[torch.Tensor], *, signed: bool = Fals
 
 
 def _recompressed(
-    reduced: Reduced, core: torch.Tensor, request: Request, rank: int | None
+    reduced: Reduced, core: torch.Tensor, request: Request, floor: float, rank: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, float, list[float | None]]:
     """New factors, the relative error, and how much of each delta's energy is in what they span."""
     if request.balance:
         u, v = _balanced_spans(reduced.cores, request.criterion)
-        inner = spectrum(u.t() @ core @ v, reduced.floor)
+        inner = spectrum(u.t() @ core @ v, floor)
         left, right = (span @ half for span, half in zip((u, v), inner.halves(len(inner.values)), strict=True))
         lost = float((core - left @ right.t()).norm())
     else:
-        whole = spectrum(core, reduced.floor)
+        whole = spectrum(core, floor)
         kept = request.criterion.keep(whole.values) if rank is None else rank
         left, right = whole.halves(kept)
         u, v = whole.u[:, :kept], whole.v[:, :kept]
@@ -232,6 +239,8 @@ def _balanced_spans(cores: Sequence[torch.Tensor], criterion: Criterion) -> tupl
     """The outputs and inputs in which every delta has as much of its energy as the criterion wants (or rank allows)."""
     import torch
 
+    if not any(core.any() for core in cores):
+        return cores[0].new_empty(cores[0].shape[0], 0), cores[0].new_empty(cores[0].shape[1], 0)
     u, v = balanced_bases(cores)
     most = min(u.shape[1], v.shape[1])
     count = min(most, criterion.rank or most)

@@ -45,11 +45,16 @@ class Write:
 
 @dataclass(frozen=True)
 class Term:
-    """``factor · ΔW`` of one adapter (its position in the plan)."""
+    """``factor · ΔW`` of one adapter (its position in the plan).
+
+    ``name`` is what the adapter calls the weight; it has it the other way round if ``flipped``.
+    """
 
     delta: Delta
     factor: float
     adapter: int
+    name: str = ""
+    flipped: bool = False
 
 
 @dataclass(frozen=True)

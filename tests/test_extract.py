@@ -751,7 +751,7 @@ def test_factors_too_large_for_their_dtype_leave_nothing_behind(tmp_path: Path) 
     [
         ({}, "--rank, --energy or --max-error"),
         ({"rank": 3, "energy": 0.9}, "exclude each other"),
-        ({"rank": 0}, "at least 1"),
+        ({"rank": 0}, "from 1 on"),
         ({"energy": 1.5}, "between 0 and 1"),
         ({"rank": 3, "embeddings": "none"}, "neither whole nor lora"),
         ({"rank": 3, "dtype": "keep"}, "is not one of float32"),

@@ -213,7 +213,9 @@ def test_rules_in_dense_space_are_what_peft_makes_with_the_same_masks(
     def same_masks(tensor: torch.Tensor, density: float, rescale: bool) -> torch.Tensor:
         module, digest = order[len(modules) // 2], digests[len(modules) % 2]
         modules.append(module)
-        mask = drawn(key(0, digest, module), slice(0, tensor.shape[0]), tensor.shape[1], density)
+        mask = drawn(
+            key(0, digest, module), slice(0, tensor.shape[0]), slice(0, tensor.shape[1]), tensor.shape[1], density
+        )
         return tensor * mask / density
 
     order = [name for name, layer in fresh("llama").named_modules() if name.endswith(("q_proj", "up_proj"))]

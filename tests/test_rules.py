@@ -14,12 +14,24 @@ from generate import LARGE, bases, sha256, write_adapter, write_base
 from safetensors.torch import load_file
 
 import lorasmith
-from lorasmith.combining.draws import drawn, key
+from lorasmith.combining.draws import drawn as drawn_from
+from lorasmith.combining.draws import key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 # -------------------------------------------------------------------------------------------------------- rules
+
+
+def drawn(key: bytes, rows: slice, columns: int, density: float) -> torch.Tensor:
+    return drawn_from(key, rows, slice(0, columns), columns, density)
+
+
+def mask_of(digest: str, module: str, shape: tuple[int, int], density: float) -> torch.Tensor:
+    """What is drawn of a weight as its adapter has it; an embedding's rows are its tokens, which are inputs here."""
+    if module == "embed":
+        return drawn(key(0, digest, module), slice(0, shape[1]), shape[0], density).t()
+    return drawn(key(0, digest, module), slice(0, shape[0]), shape[1], density)
 
 
 def by_rule(
@@ -48,7 +60,7 @@ def by_rule(
 
 
 def largest(delta: torch.Tensor, density: float) -> torch.Tensor:
-    count = int(density * delta.numel())
+    count = max(1, int(density * delta.numel()))
     mask = torch.zeros(delta.numel(), dtype=torch.bool)
     mask[delta.abs().flatten().sort(descending=True).indices[:count]] = True
     return mask.view(delta.shape)
@@ -73,9 +85,7 @@ def test_rules_in_dense_space_are_the_published_ones(
         deltas = [dense(path)[one.module].float().double() for path, _ in pair]
         turned = [delta.t() for delta in deltas] if one.module == "embed" else deltas
         if method.startswith("dare"):
-            keep = [
-                drawn(key(0, digest, one.module), slice(0, one.shape[0]), one.shape[1], density) for digest in digests
-            ]
+            keep = [mask_of(digest, one.module, one.shape, density) for digest in digests]
         else:
             keep = [largest(delta, density) for delta in deltas]
         want = by_rule(method, deltas, [weight for _, weight in pair], keep, sign, density)
@@ -98,7 +108,7 @@ def test_rules_in_core_space_are_the_published_ones_in_the_bases_that_the_deltas
         v = np.linalg.svd(np.vstack(deltas))[2][:7].T
         cores = [torch.tensor(u.T @ delta @ v) for delta in deltas]
         if method.startswith("dare"):
-            keep = [drawn(key(0, digest, module), slice(0, u.shape[1]), v.shape[1], density) for digest in digests]
+            keep = [mask_of(digest, module, (u.shape[1], v.shape[1]), density) for digest in digests]
         else:
             keep = [largest(core, density) for core in cores]
         want = u @ by_rule(method, cores, [weight for _, weight in pair], keep, "total", density).numpy() @ v.T
@@ -162,6 +172,9 @@ def test_a_row_s_draws_do_not_depend_on_the_rows_drawn_with_it() -> None:
         whole = drawn(name, slice(0, 50), columns, 0.4)
         parts = torch.cat([drawn(name, slice(start, min(50, start + 7)), columns, 0.4) for start in range(0, 50, 7)])
         assert torch.equal(whole, parts)
+        pieces = [drawn_from(name, slice(3, 9), slice(first, min(columns, first + 5)), columns, 0.4)
+                  for first in range(0, columns, 5)]  # fmt: skip
+        assert torch.equal(torch.cat(pieces, dim=1), whole[3:9])
     share = drawn(name, slice(0, 1000), 1000, 0.4).double().mean()
     assert abs(float(share) - 0.4) < 0.003
     assert not torch.equal(drawn(key(6, "digest", "tensor"), slice(0, 50), 33, 0.4), whole)

@@ -71,7 +71,7 @@ def mix(adapters: tuple[str, ...], out: str, output: Output, **options: Any) -> 
     """Make one adapter of several, the weighted sum of what they do, and write it to OUT.
 
     ADAPTER is a PEFT folder or file; WEIGHT is a number, by default 1. OUT becomes a PEFT folder, or one file if it
-    ends in .safetensors:
+    ends in .safetensors, .st or .sft:
 
     \b
         lorasmith mix style/:0.7 facts/:0.3 -o both/

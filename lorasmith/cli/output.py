@@ -95,12 +95,12 @@ class Output:
             self._text(_extract_lines(report))
         self._warn(report.warnings)
 
-    def mixed(self, report: MixReport) -> None:
-        """What a mix made, or would make."""
+    def mixed(self, report: MixReport, done: str = "Mixed") -> None:
+        """What a mix made, or would make; ``done`` is what was done to its adapters."""
         if self.as_json:
             self._data(report.to_dict())
         else:
-            self._text(_mix_lines(report))
+            self._text(_mix_lines(report, done))
         self._warn(report.warnings)
 
     def say(self, text: str) -> None:
@@ -278,8 +278,8 @@ def _target_lines(targets: Sequence[TargetGroup], *, several: bool) -> Iterator[
         yield "  " + "  ".join(cells)
 
 
-def _mix_lines(report: MixReport) -> Iterator[str]:
-    yield "Nothing was written (--dry-run)" if report.out is None else f"Mixed into {report.out}"
+def _mix_lines(report: MixReport, done: str) -> Iterator[str]:
+    yield "Nothing was written (--dry-run)" if report.out is None else f"{done} into {report.out}"
     yield from _mixed_adapters(report)
     yield ""
     yield from _mixed_modules(report.modules)

@@ -34,4 +34,4 @@ def resize(adapter: str, out: str, output: Output, **options: Any) -> None:
 
     with output.progress() as progress:
         report = mixing.resize(adapter, out, progress=progress, **options)
-    output.mixed(report)
+    output.mixed(report, "Resized")

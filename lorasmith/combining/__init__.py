@@ -112,8 +112,8 @@ def choose(
 
 
 def kept_count(method: Method, elements: int) -> int:
-    """How many of so many elements are the largest (PEFT: ``int(density · numel)``)."""
-    return int(method.density * elements)
+    """How many of so many elements are the largest: PEFT's ``int(density · numel)``, but one at least."""
+    return max(1, int(method.density * elements))
 
 
 def combine(

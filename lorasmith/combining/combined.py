@@ -20,6 +20,7 @@ from lorasmith.safefile import Reader, TensorEntry
 if TYPE_CHECKING:
     import torch
 
+    from lorasmith.adapter import ModuleDelta
     from lorasmith.deltas import Blocks, OpenDelta
 
 _HALVES = 1 << 16
@@ -29,21 +30,23 @@ _HALVES = 1 << 16
 class Source:
     """What one adapter does to the weight: the sum of its ``deltas``, each with a weight within; ``weight`` is its own.
 
-    ``digest`` names the adapter to what is drawn.
+    ``digest`` and ``name`` name the adapter and its weight to what is drawn, which is for the weight as the adapter has
+    it: ``turned`` says that the deltas stand the other way round.
     """
 
     deltas: tuple[tuple[Delta, float], ...]
     weight: float
-    digest: str
+    digest: str = ""
+    name: str = ""
+    turned: bool = False
 
 
 @dataclass(frozen=True)
 class Combined:
-    """``method`` over the ``sources`` of the tensor that is called ``name``."""
+    """``method`` over the ``sources`` of one tensor."""
 
     method: Method
     sources: tuple[Source, ...]
-    name: str
 
     kind = "combination"
     alignment = 1
@@ -73,11 +76,15 @@ class Combined:
         return tuple(entry for delta in self._deltas for entry in delta.entries)
 
     def transposed(self) -> Combined:
-        turned = tuple(
-            Source(tuple((delta.transposed(), factor) for delta, factor in source.deltas), source.weight, source.digest)
+        sources = tuple(
+            replace(
+                source,
+                deltas=tuple((delta.transposed(), factor) for delta, factor in source.deltas),
+                turned=not source.turned,
+            )
             for source in self.sources
         )
-        return Combined(self.method, turned, self.name)
+        return Combined(self.method, sources)
 
     def low_rank(self) -> None:
         return None
@@ -112,13 +119,23 @@ def combine_terms(terms: Sequence[Term], method: Method, digests: Sequence[str],
     sources: dict[int, list[Term]] = {}
     for term in ranked:
         sources.setdefault(term.adapter, []).append(term)
-    name = tensor.removesuffix(".weight")
     parts = [
-        Source(tuple((one.delta, one.factor / some[0].factor) for one in some), some[0].factor, digests[adapter])
+        Source(
+            tuple((one.delta, one.factor / some[0].factor) for one in some),
+            some[0].factor,
+            digests[adapter],
+            some[0].name if len(some) == 1 else tensor.removesuffix(".weight"),
+            len(some) == 1 and some[0].flipped,
+        )
         for adapter, some in sources.items()
     ]
     rest = [term for term in terms if not term.delta.rank]
-    return (*rest, Term(Combined(method, tuple(parts), name), 1.0, ranked[0].adapter))
+    return (*rest, Term(Combined(method, tuple(parts)), 1.0, ranked[0].adapter))
+
+
+def draw_name(source: ModuleDelta) -> str:
+    """What a module's weight is called to what is drawn."""
+    return source.module if source.parameter == "weight" else f"{source.module}.{source.parameter}"
 
 
 class _OpenCore:
@@ -126,7 +143,7 @@ class _OpenCore:
 
     def __init__(self, delta: Combined, dtype: torch.dtype) -> None:
         reduced = Reduced([factors(source.deltas) for source in delta.sources], delta.shape)
-        core = combined_core(delta.method, delta.sources, delta.name, reduced.cores)
+        core = combined_core(delta.method, delta.sources, reduced.cores)
         import torch
 
         left, right = reduced.expand(core, torch.eye(core.shape[1], dtype=torch.float64))
@@ -136,7 +153,7 @@ class _OpenCore:
         acc.addmm_(beside(self._left[rows], acc), beside(self._right, acc), alpha=factor)
 
 
-def combined_core(method: Method, sources: Sequence[Source], name: str, cores: Sequence[torch.Tensor]) -> torch.Tensor:
+def combined_core(method: Method, sources: Sequence[Source], cores: Sequence[torch.Tensor]) -> torch.Tensor:
     """What a rule makes of deltas' cores, (p, q), in the bases that they share, as a core again."""
     weights = [source.weight for source in sources]
     if method.is_linear:
@@ -145,9 +162,8 @@ def combined_core(method: Method, sources: Sequence[Source], name: str, cores: S
         )
     u, v = shared_bases(cores)
     turned = [u.t() @ core @ v for core in cores]
-    rows = slice(0, turned[0].shape[0])
     if method.draws:
-        keep = [drawn(key(method.seed, one.digest, name), rows, turned[0].shape[1], method.density) for one in sources]
+        keep = [_drawn(method, one, slice(0, u.shape[1]), (u.shape[1], v.shape[1])) for one in sources]
     else:
         keep = [_largest(core, kept_count(method, core.numel())) for core in turned]
     return u @ combine(method, turned, weights, keep) @ v.t()
@@ -171,6 +187,14 @@ def factors(deltas: Sequence[tuple[Delta, float]]) -> list[Pair]:
             left, right = FactorRows(one.left), FactorRows(one.right.transposed())
             found.append(Pair(one.right.shape[0], left, right, one.coefficient * factor))
     return found
+
+
+def _drawn(method: Method, source: Source, rows: slice, shape: tuple[int, int]) -> torch.Tensor:
+    """Which elements of some rows of a weight of ``shape`` are drawn; turned, these rows are the adapter's columns."""
+    name = key(method.seed, source.digest, source.name)
+    if not source.turned:
+        return drawn(name, rows, slice(0, shape[1]), shape[1], method.density)
+    return drawn(name, slice(0, shape[1]), rows, shape[0], method.density).t()
 
 
 class FactorRows:
@@ -203,7 +227,6 @@ class _OpenDense:
         self._opened = [
             [(one.open(dtype, blocks), factor) for one, factor in source.deltas] for source in delta.sources
         ]
-        self._keys = [key(delta.method.seed, source.digest, delta.name) for source in delta.sources]
         self._weights = [source.weight for source in delta.sources]
         prunes = not delta.method.is_linear and not delta.method.draws and delta.method.density < 1
         self._thresholds = self._search(blocks) if prunes else None
@@ -225,13 +248,13 @@ class _OpenDense:
         return deltas
 
     def _keep(self, deltas: Sequence[torch.Tensor], rows: slice) -> Sequence[torch.Tensor] | None:
-        method, columns = self._delta.method, self._delta.shape[1]
+        method = self._delta.method
         if self._thresholds is not None:
             pairs = zip(deltas, self._thresholds, strict=True)
             return [delta.abs().float() >= threshold for delta, threshold in pairs]
         if not method.draws or method.density == 1:
             return None
-        return [beside(drawn(one, rows, columns, method.density), deltas[0]) for one in self._keys]
+        return [beside(_drawn(method, one, rows, self._delta.shape), deltas[0]) for one in self._delta.sources]
 
     def _search(self, blocks: Blocks) -> list[float]:
         """The smallest magnitude that is kept of each source's delta, as float32.

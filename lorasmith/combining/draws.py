@@ -16,16 +16,24 @@ _PER_STEP = 8
 """Draws of 32 bits that one step of Philox 4x64 gives."""
 
 
-def drawn(key: bytes, rows: slice, columns: int, density: float) -> torch.Tensor:
-    """A boolean mask of shape (rows, columns), each element True with probability ``density``."""
+def drawn(key: bytes, rows: slice, columns: slice, width: int, density: float) -> torch.Tensor:
+    """Which elements of some rows and columns of a matrix of ``width`` are drawn, each with this probability."""
     import numpy as np
     import torch
 
-    steps = -(-columns // _PER_STEP)
-    generator = np.random.Philox(key=int.from_bytes(key[:16], "little"), counter=rows.start * steps)
-    height = rows.stop - rows.start
-    bits = generator.random_raw(height * steps * 4).view(np.uint32).reshape(height, -1)[:, :columns]
-    return torch.from_numpy(bits < np.uint32(min(round(density * 2**32), 2**32 - 1)))
+    steps = -(-width // _PER_STEP)
+    number = int.from_bytes(key[:16], "little")
+    limit = np.uint32(min(round(density * 2**32), 2**32 - 1))
+    first, last = columns.start // _PER_STEP, -(-columns.stop // _PER_STEP)
+    if (first, last) == (0, steps):  # one stretch of the sequence
+        words = np.random.Philox(key=number, counter=rows.start * steps).random_raw(
+            (rows.stop - rows.start) * steps * 4
+        )
+    else:
+        starts = (np.random.Philox(key=number, counter=row * steps + first) for row in range(rows.start, rows.stop))
+        words = np.concatenate([each.random_raw((last - first) * 4) for each in starts])
+    bits = words.view(np.uint32).reshape(rows.stop - rows.start, -1)
+    return torch.from_numpy(bits[:, columns.start - first * _PER_STEP :][:, : columns.stop - columns.start] < limit)
 
 
 def key(seed: int, adapter: str, tensor: str) -> bytes:

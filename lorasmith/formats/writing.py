@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,11 @@ class Site:
     def bias(self) -> str:
         """The name of a bias on B."""
         return f"{PREFIX}{self.module}.lora_B.bias"
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is the output of PEFT's wrapper of ``torch.nn.MultiheadAttention``, whose input has its rank."""
+        return self.module.endswith(_OUTPUT)
 
     def turned(self, delta: Delta) -> Delta:
         """A delta as one of (outputs, inputs), which is not how an embedding's stands."""
@@ -100,6 +106,9 @@ def lora_config(
         layer_replication=_same(adapters, "layer_replication"),
         saved=saved,
     )
+    revision = _common(adapters, "revision")
+    if revision is not None:
+        config["revision"] = revision
     if lora_bias:
         config["lora_bias"] = True
     if tokens is not None:
@@ -129,8 +138,8 @@ def config_of(
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != r},
-        "alpha_pattern": {_pattern(module, ranks): value for module, value in alphas.items() if value != alpha},
+        "rank_pattern": _patterns(ranks, r),
+        "alpha_pattern": _patterns(alphas, alpha),
         "target_modules": list(targets),
         "lora_dropout": 0.0,
         "bias": bias,
@@ -145,7 +154,7 @@ def config_of(
 
 def longest_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
     """A config at least as long, written down, as any that ``lora_config`` makes with ranks up to these."""
-    pattern = {_pattern(module, ranks): rank for module, rank in ranks.items()}
+    pattern = _patterns(ranks, None)
     most = max(ranks.values(), default=1)
     return {
         **config,
@@ -153,14 +162,29 @@ def longest_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[
         "lora_alpha": most,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
+        "target_modules": max(config["target_modules"], sorted(ranks), key=lambda names: len(json.dumps(names))),
     }
 
 
-def _pattern(module: str, modules: Iterable[str]) -> str:
-    """A pattern that PEFT matches with this module only; it takes one for the end of a path."""
-    escaped = re.sub(r"([^\w.])", r"\\\1", module)
-    return f"^{escaped}" if any(other.endswith(f".{module}") for other in modules) else escaped
+def _patterns(values: Mapping[str, Any], usual: object) -> dict[str, Any]:
+    """Modules whose value is not the usual one, by patterns that PEFT matches with these modules only.
+
+    A pattern stands for the end of a path, and a dot in it for any character.
+    """
+    tails = Counter(tail for module in values for tail in _tails(re.sub(r"\W", ".", module)))
+    found = {}
+    for module, value in values.items():
+        escaped = re.sub(r"([^\w.])", r"\\\1", module)
+        if tails[re.sub(r"\W", ".", module)] > 1:
+            escaped = "^" + escaped.replace(".", r"\.")
+        if value != usual:
+            found[escaped] = value
+    return found
+
+
+def _tails(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]
 
 
 def _targets(adapters: Sequence[Adapter], ranks: Mapping[str, int], *, every: bool) -> list[str]:
