@@ -44,6 +44,8 @@ def merge(
     allow_overflow: bool = False,
     architecture: str | None = None,
     base_is_residual: bool = False,
+    rename: Sequence[str] = (),
+    expert_layout: str | None = None,
     overwrite: bool = False,
     planned: Callable[[Plan, Resources], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -57,7 +59,11 @@ def merge(
     ``max_shard_size`` are in bytes; ``memory`` bounds the buffers, whatever the size of the model. ``tokenizer``
     says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``architecture`` names the
     result's class where an adapter brings layers that the base's has not; ``base_is_residual`` says that the base is
-    the one that the adapter's own initialisation (PiSSA and the like) has changed. ``planned`` is called once,
+    the one that the adapter's own initialisation (PiSSA and the like) has changed. ``rename`` are
+    ``REGEX=REPLACEMENT`` for the adapters' parameter names, where the base calls the same layers otherwise.
+    ``expert_layout`` says how factors of stacked experts are stored, against what the adapter's config says: ``peft``
+    (0.19.1 and later), ``peft-0.19.0``, ``peft-0.18`` (and before) or ``unsloth`` (with the columns of B that belong to
+    one expert together). ``planned`` is called once,
     before anything is written: raise in it to stop there. ``progress`` is called about ten times a second. Both are
     called from the calling thread.
 
@@ -78,6 +84,8 @@ def merge(
         allow_overflow=allow_overflow,
         architecture=architecture,
         base_is_residual=base_is_residual,
+        rename=rename,
+        expert_layout=expert_layout,
         overwrite=overwrite,
     )
     budget = _budget(plan_, memory, threads)
@@ -111,6 +119,8 @@ def plan(
     allow_overflow: bool = False,
     architecture: str | None = None,
     base_is_residual: bool = False,
+    rename: Sequence[str] = (),
+    expert_layout: str | None = None,
     overwrite: bool = False,
 ) -> Plan:
     """Everything ``merge`` would do with these arguments, having checked all that can be known before writing.
@@ -135,6 +145,8 @@ def plan(
         allow_overflow=allow_overflow,
         architecture=architecture,
         base_is_residual=base_is_residual,
+        renames=(rename,) if isinstance(rename, str) else tuple(rename),
+        expert_layout=expert_layout,
     )
     return build_plan(checkpoint, [(read_adapter(path), weight) for path, weight in weighted], options)
 

@@ -116,7 +116,14 @@ def _listed(names: Any) -> Iterator[str]:
 
 
 def table() -> dict[str, Any]:
-    return {"transformers": transformers.__version__, "entries": entries(), "parts": parts(), "classes": types()}
+    """All that the package needs to know, with the model types that it is known of."""
+    return {
+        "transformers": transformers.__version__,
+        "entries": entries(),
+        "parts": parts(),
+        "classes": types(),
+        "model_types": sorted(transformers.CONFIG_MAPPING.keys()),
+    }
 
 
 def lines(found: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ ROOMS = (
     "structure",
     "recipe",
     "sidefiles",
+    "placing",
     "naming",
     "formats",
     "adapter",

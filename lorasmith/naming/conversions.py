@@ -91,6 +91,11 @@ def _parts() -> Mapping[str, Mapping[str, Any]]:
     return {name: one for one in _table()["parts"] for name in one["classes"]}
 
 
+def is_known(model_type: object) -> bool:
+    """Whether the table was made by a transformers that has this type of model."""
+    return model_type in _table()["model_types"]
+
+
 def steps_of(config: Mapping[str, Any], architecture: str | None) -> tuple[Step, ...]:
     """The steps for a checkpoint with this config, in their order (transformers, ``get_model_conversion_mapping``)."""
     steps: list[Step] = []
@@ -111,7 +116,13 @@ def steps_of(config: Mapping[str, Any], architecture: str | None) -> tuple[Step,
 
 
 def _parts_in(config: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str | None]]:
-    """Path, class and model type of a model's parts, as its config has chosen them."""
+    """Path, class and model type of a model's parts, as its config has chosen them.
+
+    Of a class that the table lacks because its parts are anybody's choice, the config names parts by their paths.
+    """
+    for key, part in config.items() if not whole else ():
+        if isinstance(part, Mapping) and isinstance(part.get("model_type"), str):
+            yield key, _table()["classes"].get(part["model_type"]), part["model_type"]
     for path, where, usual, usual_type in whole.get("parts", ()):
         own: Any = config
         for key in where:
@@ -182,6 +193,11 @@ def _is_active(step: Step, names: Iterable[str]) -> bool:
     return any((moved := step.apply(name)) is not None and moved[1] == 0 for name in names)
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """A key by which numbers between dots sort as numbers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+def natural(name: str) -> list[tuple[int, int, str, int]]:
+    """A key by which numbers in names sort as numbers."""
+    key = []
+    for part in name.split("."):
+        text = part.rstrip("0123456789")
+        number = int(part[len(text) :] or "-1")
+        key.append((0, number, "", 0) if not text else (1, 0, text, number))
+    return key

@@ -1,0 +1,90 @@
+"""Beginnings of module paths: what stands before the layers, and what of it means the same.
+
+A vision-language model's layers are ``language_model.model.layers.0…`` in one release of a library,
+``model.language_model.layers.0…`` in the next, and ``model.layers.0…`` where the language model is taken out; a base
+saved without its head lacks ``bert.`` or ``transformer.``. A stem of an adapter is mapped to one of the base as a
+whole, if that has all the layers, and to a language model's only if it is one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+_LAYER = re.compile(r"^(?P<stem>.*?)(?P<rest>(?:[A-Za-z_]+\.)\d+\..+)$")
+"""A path up to its first number and the word before it."""
+
+TEXT = frozenset({
+    "", "model.", "language_model.", "language_model.model.", "model.language_model.", "model.language_model.model.",
+    "text_model.", "text_model.model.", "model.text_model.", "model.text_model.model.", "thinker.model.",
+    "model.model.",
+    "thinker.model.language_model.", "backbone.", "transformer.", "gpt_neox.", "model.decoder.", "decoder.",
+    "llm.model.", "llm.", "base_model.", "vlm.language_model.", "vlm.model.language_model.", "model.text.",
+})  # fmt: skip
+"""What may stand before the layers of a language model."""
+
+HEADS = ("lm_head.", "embed_out.", "language_model.lm_head.", "model.lm_head.", "text_model.lm_head.", "llm.lm_head.",
+         "thinker.lm_head.", "model.language_model.lm_head.", "output.", "head.")  # fmt: skip
+"""Names of output heads over the vocabulary; a model has one of them."""
+
+
+def stem_of(name: str) -> tuple[str, str] | None:
+    """What stands before a parameter's layer, and the rest; None for one that is in no numbered layer."""
+    match = _LAYER.match(name)
+    return None if match is None else (match["stem"], match["rest"])
+
+
+def stems(names: Iterable[str]) -> dict[str, list[str]]:
+    """The stems of numbered layers, each with the rests of its names."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = stem_of(name)
+        if parts is not None:
+            found.setdefault(parts[0], []).append(parts[1])
+    return found
+
+
+def candidates(stem: str, ours: Iterable[str]) -> Iterator[str]:
+    """Stems of the base that an adapter's may mean."""
+    for one in ours:
+        if one != stem and (one in TEXT) == (stem in TEXT):
+            yield one
+
+
+def moves(name: str, mapping: Mapping[str, str], ours: Iterable[str]) -> Iterator[str]:
+    """Other names for a parameter in no numbered layer, given what has become of the stems of those that are."""
+    for head in HEADS:
+        if name.startswith(head):
+            yield from (other + name.removeprefix(head) for other in HEADS if other != head)
+            return
+    for stem, other in sorted(mapping.items(), key=lambda pair: -len(pair[0])):
+        if name.startswith(stem) and other != stem:
+            yield other + name.removeprefix(stem)
+    if not mapping:
+        for stem in TEXT:
+            if name.startswith(stem) and stem:
+                yield from (one + name.removeprefix(stem) for one in ours if one in TEXT and one != stem)
+    yield f"model.{name}"
+    if name.startswith("model."):
+        yield name.removeprefix("model.")
+
+
+def settle(
+    wanted: Sequence[str], ours: Sequence[str], fits: Callable[[str, Sequence[str]], bool]
+) -> tuple[dict[str, str], list[tuple[str, list[str]]]]:
+    """For each stem among the wanted names, the base's that it means, and those which may mean several.
+
+    ``fits`` says whether all of some names are there.
+    """
+    mapping: dict[str, str] = {}
+    doubtful: list[tuple[str, list[str]]] = []
+    for stem, rests in stems(wanted).items():
+        if fits(stem, rests):
+            mapping[stem] = stem
+            continue
+        found = [one for one in candidates(stem, ours) if fits(one, rests)]
+        if len(found) == 1:
+            mapping[stem] = found[0]
+        elif found:
+            doubtful.append((stem, found))
+    return mapping, doubtful
