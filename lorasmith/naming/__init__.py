@@ -54,6 +54,7 @@ class _Naming:
     known: Mapping[str, str | Made]
     views: dict[str, View | None] = field(default_factory=dict)
     obstacles: dict[str, str] = field(default_factory=dict)
+    doubts: dict[str, list[str]] = field(default_factory=dict)
 
     def view(self, name: str) -> View | None:
         """What a parameter consists of; None where it is not known by this name."""
@@ -117,12 +118,12 @@ def match(
     required = {name for name, one in zip(wanted, adapter.deltas, strict=True) if not one.may_be_new}
     shapes = {name: one.delta.shape for name, one in zip(wanted, adapter.deltas, strict=True)}
     stored = _Naming(checkpoint, tensors, {name: name for name in tensors})
-    best = _bind(adapter, wanted, stored, shapes)
+    best = _bind(wanted, stored, shapes)
     naming = stored
     steps = steps_of(checkpoint.config, _architecture(checkpoint))
     if len(steps) > len(steps_of({}, None)) or not required <= best.keys():
         run = _Naming(checkpoint, tensors, runtime_names(steps, list(tensors)))
-        other = _bind(adapter, wanted, run, shapes)
+        other = _bind(wanted, run, shapes)
         _require_agreement(adapter, required, best, other)
         if len(other.keys() & required) > len(best.keys() & required):
             best, naming = other, run
@@ -130,6 +131,8 @@ def match(
     matched = [Match(one, best[name]) for name, one in pairs if name in best]
     left = [one for name, one in pairs if name not in best]
     lost = [(name, one) for name, one in pairs if name not in best and not one.may_be_new]
+    if lost and naming.doubts:
+        raise _in_doubt(adapter, naming)
     if lost and not (allow_unmatched and matched):
         raise AdapterMismatch(_describe(adapter, naming, lost, bool(matched)))
     return matched, left
@@ -173,9 +176,7 @@ def _require_agreement(
             )
 
 
-def _bind(
-    adapter: Adapter, wanted: Sequence[str], naming: _Naming, shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, View]:
+def _bind(wanted: Sequence[str], naming: _Naming, shapes: Mapping[str, tuple[int, int]]) -> dict[str, View]:
     """The parameters that are found under their names, else under other stems."""
     best = {name: view for name in wanted if (view := naming.find(name)) is not None}
     if len(best) == len(set(wanted)):
@@ -186,7 +187,11 @@ def _bind(
 
     mapping, doubtful = stems.settle(wanted, naming.stems, fits)
     for stem, several in doubtful:
-        mapping[stem] = _by_shape(adapter, stem, several, wanted, naming, shapes)
+        one = _by_shape(stem, several, wanted, naming, shapes)
+        if isinstance(one, str):
+            mapping[stem] = one
+        else:
+            naming.doubts[stem] = one
     found = dict(best)
     for name in wanted:
         parts = stems.stem_of(name)
@@ -201,23 +206,25 @@ def _bind(
 
 
 def _by_shape(
-    adapter: Adapter,
     stem: str,
     several: Sequence[str],
     wanted: Sequence[str],
     naming: _Naming,
     shapes: Mapping[str, tuple[int, int]],
-) -> str:
-    """The one of several stems whose weights have the shapes of the adapter's deltas."""
+) -> str | list[str]:
+    """The one of several stems whose weights have the shapes of the adapter's deltas; else those left."""
     mine = [(name, name.removeprefix(stem)) for name in wanted if (parts := stems.stem_of(name)) and parts[0] == stem]
     fit = [one for one in several if all(_has_shape(naming.find(one + rest), shapes[name]) for name, rest in mine)]
-    if len(fit) != 1:
-        raise AdapterMismatch(
-            f"{adapter.path}: its modules under {stem or 'no prefix'!r} fit the base in "
-            f"{len(fit) or len(several)} ways ({listed(fit or several)}); which one is meant cannot be known. Say it with "
-            f"--rename '^{re.escape(stem)}={(fit or several)[0]}'"
-        )
-    return fit[0]
+    return fit[0] if len(fit) == 1 else fit or list(several)
+
+
+def _in_doubt(adapter: Adapter, naming: _Naming) -> AdapterMismatch:
+    stem, fit = next(iter(naming.doubts.items()))
+    return AdapterMismatch(
+        f"{adapter.path}: its module names under {stem or 'no prefix'!r} fit the base in {len(fit)} ways "
+        f"({listed([one or '(nothing)' for one in fit])}); which one is meant cannot be known. Say it with "
+        f"--rename '^{re.escape(stem)}={fit[0]}'"
+    )
 
 
 def _has_shape(view: View | None, shape: tuple[int, int]) -> bool:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 _LAYER = re.compile(r"^(?P<stem>.*?)(?P<rest>(?:[A-Za-z_]+\.)\d+\..+)$")
 """A path up to its first number and the word before it."""
 
+_TOWER = re.compile(r"^((vision_tower|vision_model|visual|vision_encoder|image_encoder)\.)+")
+
 TEXT = frozenset({
     "", "model.", "language_model.", "language_model.model.", "model.language_model.", "model.language_model.model.",
-    "text_model.", "text_model.model.", "model.text_model.", "model.text_model.model.", "thinker.model.",
-    "model.model.",
-    "thinker.model.language_model.", "backbone.", "transformer.", "gpt_neox.", "model.decoder.", "decoder.",
-    "llm.model.", "llm.", "base_model.", "vlm.language_model.", "vlm.model.language_model.", "model.text.",
+    "text_model.model.", "model.text_model.", "model.text_model.model.", "thinker.model.", "model.model.",
+    "thinker.model.language_model.", "backbone.", "llm.model.", "llm.", "vlm.language_model.",
+    "vlm.model.language_model.",
 })  # fmt: skip
 """What may stand before the layers of a language model."""
 
@@ -44,11 +45,22 @@ def stems(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def candidates(stem: str, ours: Iterable[str]) -> Iterator[str]:
-    """Stems of the base that an adapter's may mean."""
-    for one in ours:
-        if one != stem and (one in TEXT) == (stem in TEXT):
-            yield one
+def candidates(stem: str, ours: Sequence[str]) -> Iterator[list[str]]:
+    """Stems of the base that an adapter's may mean, those that are likelier first.
+
+    They have more or fewer words in front, are both a language model's, or differ in what a tower is called.
+    """
+    others = [one for one in ours if one != stem]
+    yield [one for one in others if stem and one and (one.endswith(f".{stem}") or stem.endswith(f".{one}"))]
+    yield [one for one in others if one in TEXT] if stem in TEXT else []
+    yield [one for one in others if one not in TEXT and stem not in TEXT and _canonical(one) == _canonical(stem)]
+    yield [one for one in others if not one or not stem]
+
+
+def _canonical(stem: str) -> str:
+    """A tower's stem with one word for all that the tower may be called."""
+    inner = stem.removeprefix("model.")
+    return _TOWER.sub("visual.", inner)
 
 
 def moves(name: str, mapping: Mapping[str, str], ours: Iterable[str]) -> Iterator[str]:
@@ -82,7 +94,7 @@ def settle(
         if fits(stem, rests):
             mapping[stem] = stem
             continue
-        found = [one for one in candidates(stem, ours) if fits(one, rests)]
+        found = next((some for group in candidates(stem, ours) if (some := [o for o in group if fits(o, rests)])), [])
         if len(found) == 1:
             mapping[stem] = found[0]
         elif found:
