@@ -23,7 +23,7 @@ from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import AdapterMismatch, BadOption, listed
 from lorasmith.naming import stems
-from lorasmith.naming.conversions import Made, runtime_names, steps_of
+from lorasmith.naming.conversions import LONGEST, Made, runtime_names, steps_of
 from lorasmith.naming.fusing import Names, divided, fused_or_split
 from lorasmith.naming.tiles import CannotCompute, Facts, View, made, whole
 from lorasmith.safefile import TensorEntry
@@ -88,7 +88,7 @@ class _Naming:
     def find(self, name: str) -> View | None:
         """What a parameter consists of, also where the base has it in other pieces."""
         view = self.view(name)
-        if view is not None:
+        if view is not None or len(name) > LONGEST:
             return view
         try:
             return fused_or_split(name, self.names)
@@ -121,11 +121,11 @@ def match(
     best = _bind(wanted, stored, shapes)
     naming = stored
     steps = steps_of(checkpoint.config, _architecture(checkpoint))
-    if len(steps) > len(steps_of({}, None)) or not required <= best.keys():
+    if len(steps) > len(steps_of({}, None)) or len(best) < len(set(wanted)):
         run = _Naming(checkpoint, tensors, runtime_names(steps, list(tensors)))
         other = _bind(wanted, run, shapes)
         _require_agreement(adapter, required, best, other)
-        if len(other.keys() & required) > len(best.keys() & required):
+        if len(other) > len(best):
             best, naming = other, run
     pairs = list(zip(wanted, adapter.deltas, strict=True))
     matched = [Match(one, best[name]) for name, one in pairs if name in best]
@@ -177,10 +177,39 @@ def _require_agreement(
 
 
 def _bind(wanted: Sequence[str], naming: _Naming, shapes: Mapping[str, tuple[int, int]]) -> dict[str, View]:
-    """The parameters that are found under their names, else under other stems."""
+    """The parameters that are found under their names, else under one prefix rule, else stem by stem."""
     best = {name: view for name in wanted if (view := naming.find(name)) is not None}
-    if len(best) == len(set(wanted)):
-        return best
+    if len(best) < len(set(wanted)):
+        best = _under_rule(wanted, naming, best)
+    if len(best) < len(set(wanted)):
+        found = _under_stems(wanted, naming, shapes, best)
+        best = found if len(found) > len(best) else best
+    return best
+
+
+def _under_rule(wanted: Sequence[str], naming: _Naming, plain: dict[str, View]) -> dict[str, View]:
+    """The longest binding under one prefix rule; the plain names win over any rule that binds no more."""
+    best, fits = plain, []
+    for strip, add in stems.prefix_rules(wanted, naming.known):
+        moves = ((name, add + name.removeprefix(strip) if name.startswith(strip) else name) for name in wanted)
+        found = {name: view for name, moved in moves if (view := naming.find(moved)) is not None}
+        if len(found) > len(best):
+            best, fits = found, [(strip, add)]
+        elif fits and len(found) == len(best):
+            fits.append((strip, add))
+    if len(fits) > 1:
+        naming.doubts[fits[0][0]] = [add for _, add in fits]
+        return plain
+    return best
+
+
+def _under_stems(
+    wanted: Sequence[str],
+    naming: _Naming,
+    shapes: Mapping[str, tuple[int, int]],
+    best: Mapping[str, View],
+) -> dict[str, View]:
+    """The binding with each of the adapter's stems mapped to one of the base's."""
 
     def fits(stem: str, rests: Sequence[str]) -> bool:
         return all(naming.find(stem + rest) is not None for rest in rests)
@@ -236,10 +265,6 @@ def _has_shape(view: View | None, shape: tuple[int, int]) -> bool:
     return shape in ((rows, columns), (columns, rows)) or len(view.shape) > 2
 
 
-def _tail(name: str) -> str:
-    return ".".join(name.split(".")[-2:])
-
-
 def _describe(adapter: Adapter, naming: _Naming, lost: Sequence[tuple[str, ModuleDelta]], some: bool) -> str:
     missing = [name for _, one in lost for name in one.tensors]
     wanted = lost[0][0]
@@ -261,5 +286,5 @@ def _describe(adapter: Adapter, naming: _Naming, lost: Sequence[tuple[str, Modul
 
 def _nearest(wanted: str, names: Iterable[str]) -> list[str]:
     everything = list(names)
-    alike = [name for name in everything if _tail(name) == _tail(wanted)]
+    alike = [name for name in everything if stems.tail(name) == stems.tail(wanted)]
     return difflib.get_close_matches(wanted, (alike or everything)[:_COMPARED], n=2, cutoff=0.5)

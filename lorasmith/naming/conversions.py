@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+LONGEST = 1000
+"""Characters of a name that any rule is tried on; transformers has none that is a third of this."""
+
 LEGACY = "legacy"
 """The entry of all models."""
 
@@ -161,6 +164,9 @@ def runtime_names(steps: Sequence[Step], names: Sequence[str]) -> dict[str, str 
     collected: dict[tuple[str, int], list[list[str]]] = {}
     for name in names:
         renamed = name
+        if len(name) > LONGEST:
+            found.setdefault(name, name)
+            continue
         for step in active:
             moved = step.apply(renamed)
             renamed = renamed if moved is None else moved[0]

@@ -11,9 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-_LAYER = re.compile(r"^(?P<stem>.*?)(?P<rest>(?:[A-Za-z_]+\.)\d+\..+)$")
-"""A path up to its first number and the word before it."""
-
 _TOWER = re.compile(r"^((vision_tower|vision_model|visual|vision_encoder|image_encoder)\.)+")
 
 TEXT = frozenset({
@@ -31,8 +28,12 @@ HEADS = ("lm_head.", "embed_out.", "language_model.lm_head.", "model.lm_head.", 
 
 def stem_of(name: str) -> tuple[str, str] | None:
     """What stands before a parameter's layer, and the rest; None for one that is in no numbered layer."""
-    match = _LAYER.match(name)
-    return None if match is None else (match["stem"], match["rest"])
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts[:-1]) if place and part.isdigit()), None)
+    if number is None:
+        return None
+    stem = "".join(f"{part}." for part in parts[: number - 1])
+    return stem, name[len(stem) :]
 
 
 def stems(names: Iterable[str]) -> dict[str, list[str]]:
@@ -70,8 +71,9 @@ def moves(name: str, mapping: Mapping[str, str], ours: Iterable[str]) -> Iterato
             yield from (other + name.removeprefix(head) for other in HEADS if other != head)
             return
     for stem, other in sorted(mapping.items(), key=lambda pair: -len(pair[0])):
-        if name.startswith(stem) and other != stem:
-            yield other + name.removeprefix(stem)
+        for strip, add in ((stem, other), _difference(stem, other)):
+            if name.startswith(strip) and strip != add:
+                yield add + name.removeprefix(strip)
     if not mapping:
         for stem in TEXT:
             if name.startswith(stem) and stem:
@@ -79,6 +81,35 @@ def moves(name: str, mapping: Mapping[str, str], ours: Iterable[str]) -> Iterato
     yield f"model.{name}"
     if name.startswith("model."):
         yield name.removeprefix("model.")
+
+
+def _difference(stem: str, other: str) -> tuple[str, str]:
+    """Two stems without the words that both end with: ``bert.encoder.`` is ``encoder.`` with ``bert.`` before it."""
+    mine, theirs = stem.split("."), other.split(".")
+    while mine and theirs and mine[-1] == theirs[-1]:
+        mine.pop()
+        theirs.pop()
+    return "".join(f"{part}." for part in mine), "".join(f"{part}." for part in theirs)
+
+
+def prefix_rules(wanted: Sequence[str], names: Iterable[str]) -> list[tuple[str, str]]:
+    """Prefixes to take off and put on, read off the base tensors that end like some of the wanted names."""
+    rules: dict[tuple[str, str], None] = {}
+    by_tail: dict[str, list[str]] = {}
+    for name in names:
+        by_tail.setdefault(tail(name), []).append(name)
+    for name in wanted[:: max(1, len(wanted) // 8)]:
+        for candidate in by_tail.get(tail(name), []):
+            if name.endswith("." + candidate):
+                rules[name.removesuffix(candidate), ""] = None
+            elif candidate.endswith("." + name):
+                rules["", candidate.removesuffix(name)] = None
+    return list(rules)
+
+
+def tail(name: str) -> str:
+    """The last two words of a name."""
+    return ".".join(name.split(".")[-2:])
 
 
 def settle(
