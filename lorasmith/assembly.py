@@ -157,7 +157,7 @@ def _resize(
     """Let tensors whose replacement has another number of rows be read from it."""
     for position, adapter, weight, one in _each(adapters, bound):
         new = one.delta.new if isinstance(one.delta, Replacement) else None
-        if new is None or new.shape == one.target.shape:
+        if new is None or new.shape == one.target.shape or one.delta.shape == one.target.matrix:
             continue
         if weight != 1:
             raise AdapterMismatch(

@@ -55,12 +55,17 @@ def _is_flat(view: View, tile: Tile, delta: Delta) -> bool:
         return True
     if isinstance(delta, Stacked):
         return False
-    together = all(axis.is_whole(length) for axis, length in zip(tile.own[1:], view.shape[1:], strict=True))
-    return together and [dim for dim, _ in tile.stored] == list(range(len(view.shape)))
+    if [dim for dim, _ in tile.stored] != list(range(len(view.shape))):
+        return False
+    axes = [*tile.own[1:], *(axis for _, axis in tile.stored[1:])]
+    lengths = (*view.shape[1:], *tile.entry.shape[1:])
+    return all(axis.is_whole(length) for axis, length in zip(axes, lengths, strict=True))
 
 
 def _by_expert(view: View, tile: Tile, delta: Delta) -> Iterator[tuple[TensorEntry, Delta]]:
     """A tile of stacked experts: each expert's delta where that expert is stored."""
+    if len(view.shape) != 3 or not isinstance(delta, (Stacked, Replacement)):
+        raise NotImplementedError(f"{delta.kind} on a kernel")
     rows, columns = view.shape[1:]
     if isinstance(delta, Replacement):
         delta = Replacement(replace(delta.new, shape=(view.shape[0] * rows, columns)))

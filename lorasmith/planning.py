@@ -217,6 +217,8 @@ def _bind_whole(
 def _bind_parts(checkpoint: Checkpoint, adapter: Adapter, match: naming.Match, layout: str | None) -> Iterator[Bound]:
     """A delta on a parameter that is several tensors of the base, or a part of one."""
     delta, name = match.source.delta, match.source.tensors[0]
+    if isinstance(delta, Stacked) and delta.count == 1 and len(match.view.shape) == 2:
+        delta = delta.expert(0)
     rows, columns = matrix(match.view, delta)
     if isinstance(delta, Stacked):
         delta = laid_out(adapter, match, layout, checkpoint.config)

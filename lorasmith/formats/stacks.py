@@ -20,7 +20,7 @@ from lorasmith.safefile import TensorEntry
 
 _LEVEL = ".base_layer"
 
-_ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+_ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 """Parameters of transformers' stacked experts, as their modules have them."""
 
 
@@ -101,7 +101,7 @@ def _read(
         rank = scales.rank(f"{root}.{leaf}", a.shape[0])
         count = _count(file, where, wrapper, a, b, rank)
         scale = scales.of(f"{root}.{leaf}", rank, None)
-        if count == 1:
+        if count == 1 and (leaf == "weight" or leaf.endswith("_bias")):
             yield ModuleDelta(root, leaf, LowRank((Product(Factor(b), Factor(a), scale),)), parts.names)
         else:
             yield ModuleDelta(root, leaf, Stacked(a, b, count, scale), parts.names, stored_as_base=True)

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 
 from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.checkpoint import Checkpoint
+from lorasmith.deltas.experts import Stacked
+from lorasmith.deltas.replacement import Replacement
 from lorasmith.errors import AdapterMismatch, BadOption, listed
 from lorasmith.naming import stems
 from lorasmith.naming.conversions import LONGEST, Made, runtime_names, steps_of
@@ -115,26 +117,28 @@ def match(
     no tensor (unless ``allow_unmatched``), or when two readings fit equally; BadOption for a rename that does nothing.
     """
     wanted = _renamed([f"{one.module}.{one.parameter}" for one in adapter.deltas], renames)
-    required = {name for name, one in zip(wanted, adapter.deltas, strict=True) if not one.may_be_new}
-    shapes = {name: one.delta.shape for name, one in zip(wanted, adapter.deltas, strict=True)}
+    deltas = dict(zip(wanted, adapter.deltas, strict=True))
     stored = _Naming(checkpoint, tensors, {name: name for name in tensors})
-    best = _bind(wanted, stored, shapes)
-    naming = stored
     steps = steps_of(checkpoint.config, _architecture(checkpoint))
-    if len(steps) > len(steps_of({}, None)) or len(best) < len(set(wanted)):
-        run = _Naming(checkpoint, tensors, runtime_names(steps, list(tensors)))
-        other = _bind(wanted, run, shapes)
-        _require_agreement(adapter, required, best, other)
-        if len(other) > len(best):
-            best, naming = other, run
+    namings = [stored]
+    best = _plain(stored, deltas)
+    if len(steps) > len(steps_of({}, None)) or len(best) < len(deltas):
+        namings.append(_Naming(checkpoint, tensors, runtime_names(steps, list(tensors))))
+    for read in (_plain, _under_rule, _under_stems) if len(namings) > 1 else ():
+        found = [read(naming, deltas) for naming in namings]
+        if all(len(one) == len(deltas) for one in found):
+            _agree(adapter, deltas, *found)
+        best = max(*found, best, key=len)
+        if len(best) == len(deltas):
+            break
     pairs = list(zip(wanted, adapter.deltas, strict=True))
     matched = [Match(one, best[name]) for name, one in pairs if name in best]
     left = [one for name, one in pairs if name not in best]
     lost = [(name, one) for name, one in pairs if name not in best and not one.may_be_new]
-    if lost and naming.doubts:
-        raise _in_doubt(adapter, naming)
+    if lost and any(naming.doubts for naming in namings):
+        raise _in_doubt(adapter, next(naming for naming in namings if naming.doubts))
     if lost and not (allow_unmatched and matched):
-        raise AdapterMismatch(_describe(adapter, naming, lost, bool(matched)))
+        raise AdapterMismatch(_describe(adapter, namings, lost, bool(matched)))
     return matched, left
 
 
@@ -160,38 +164,42 @@ def _renamed(wanted: list[str], renames: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _require_agreement(
-    adapter: Adapter, required: set[str], one: Mapping[str, View], other: Mapping[str, View]
-) -> None:
-    """Refuse an adapter that fits the checkpoint's own names and the running model's, and means different tensors."""
-    if not (required <= one.keys() and required <= other.keys()):
-        return
-    for name in required:
-        if one[name] != other[name]:
-            ours, theirs = one[name].tiles[0].entry.name, other[name].tiles[0].entry.name
-            raise AdapterMismatch(
-                f"{adapter.path}: {name!r} is {ours!r} by the checkpoint's names and {theirs!r} by those that "
-                "transformers gives the running model; which one is meant cannot be known. Say it with "
-                f"--rename '^{re.escape(name)}$=NAME'"
-            )
+def _agree(adapter: Adapter, deltas: Mapping[str, ModuleDelta], one: dict[str, View], other: dict[str, View]) -> None:
+    """Refuse an adapter that fits the checkpoint's own names and the running model's, and means different tensors.
+
+    What is stored the other way round is told by the shape of what takes its place; factors fit it either way.
+    """
+    for name, delta in deltas.items():
+        mine, theirs = one[name], other[name]
+        if mine == theirs or (isinstance(delta.delta, Stacked) and _same_tensors(mine, theirs)):
+            continue
+        whole_shape = delta.delta.new.shape if isinstance(delta.delta, Replacement) else None
+        if mine.shape != theirs.shape and whole_shape in (mine.shape, theirs.shape):
+            one[name] = other[name] = mine if whole_shape == mine.shape else theirs
+            continue
+        ours, running = mine.tiles[0].entry.name, theirs.tiles[0].entry.name
+        raise AdapterMismatch(
+            f"{adapter.path}: {name!r} is {ours!r} by the checkpoint's names and {running!r} by those that "
+            f"transformers gives the running model; which one is meant cannot be known. Say it with "
+            f"--rename '^{re.escape(name)}$=NAME'"
+        )
 
 
-def _bind(wanted: Sequence[str], naming: _Naming, shapes: Mapping[str, tuple[int, int]]) -> dict[str, View]:
-    """The parameters that are found under their names, else under one prefix rule, else stem by stem."""
-    best = {name: view for name in wanted if (view := naming.find(name)) is not None}
-    if len(best) < len(set(wanted)):
-        best = _under_rule(wanted, naming, best)
-    if len(best) < len(set(wanted)):
-        found = _under_stems(wanted, naming, shapes, best)
-        best = found if len(found) > len(best) else best
-    return best
+def _same_tensors(one: View, other: View) -> bool:
+    return {tile.entry.name for tile in one.tiles} == {tile.entry.name for tile in other.tiles}
 
 
-def _under_rule(wanted: Sequence[str], naming: _Naming, plain: dict[str, View]) -> dict[str, View]:
+def _plain(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> dict[str, View]:
+    """The parameters that are found under their names."""
+    return {name: view for name in deltas if (view := naming.find(name)) is not None}
+
+
+def _under_rule(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> dict[str, View]:
     """The longest binding under one prefix rule; the plain names win over any rule that binds no more."""
-    best, fits = plain, []
-    for strip, add in stems.prefix_rules(wanted, naming.known):
-        moves = ((name, add + name.removeprefix(strip) if name.startswith(strip) else name) for name in wanted)
+    best = plain = _plain(naming, deltas)
+    fits: list[tuple[str, str]] = []
+    for strip, add in stems.prefix_rules(list(deltas), naming.known):
+        moves = ((name, add + name.removeprefix(strip) if name.startswith(strip) else name) for name in deltas)
         found = {name: view for name, moved in moves if (view := naming.find(moved)) is not None}
         if len(found) > len(best):
             best, fits = found, [(strip, add)]
@@ -203,47 +211,40 @@ def _under_rule(wanted: Sequence[str], naming: _Naming, plain: dict[str, View]) 
     return best
 
 
-def _under_stems(
-    wanted: Sequence[str],
-    naming: _Naming,
-    shapes: Mapping[str, tuple[int, int]],
-    best: Mapping[str, View],
-) -> dict[str, View]:
+def _under_stems(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> dict[str, View]:
     """The binding with each of the adapter's stems mapped to one of the base's."""
 
     def fits(stem: str, rests: Sequence[str]) -> bool:
         return all(naming.find(stem + rest) is not None for rest in rests)
 
-    mapping, doubtful = stems.settle(wanted, naming.stems, fits)
+    mapping, doubtful = stems.settle(list(deltas), naming.stems, fits)
     for stem, several in doubtful:
-        one = _by_shape(stem, several, wanted, naming, shapes)
+        one = _by_shape(stem, several, naming, deltas)
         if isinstance(one, str):
             mapping[stem] = one
         else:
             naming.doubts[stem] = one
-    found = dict(best)
-    for name in wanted:
+    found = _plain(naming, deltas)
+    for name in deltas:
         parts = stems.stem_of(name)
         if parts is not None and parts[0] in mapping:
             moved = [mapping[parts[0]] + parts[1]]
         else:
-            moved = [name] if name in best else list(stems.moves(name, mapping, naming.stems))
+            moved = [name] if name in found else list(stems.moves(name, mapping, naming.stems))
         views = [view for one in moved if (view := naming.find(one)) is not None]
         if len({view.tiles[0].entry.name for view in views}) == 1:
             found[name] = views[0]
     return found
 
 
-def _by_shape(
-    stem: str,
-    several: Sequence[str],
-    wanted: Sequence[str],
-    naming: _Naming,
-    shapes: Mapping[str, tuple[int, int]],
-) -> str | list[str]:
+def _by_shape(stem: str, several: Sequence[str], naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> str | list[str]:
     """The one of several stems whose weights have the shapes of the adapter's deltas; else those left."""
-    mine = [(name, name.removeprefix(stem)) for name in wanted if (parts := stems.stem_of(name)) and parts[0] == stem]
-    fit = [one for one in several if all(_has_shape(naming.find(one + rest), shapes[name]) for name, rest in mine)]
+    mine = [(name, name.removeprefix(stem)) for name in deltas if (parts := stems.stem_of(name)) and parts[0] == stem]
+    fit = [
+        one
+        for one in several
+        if all(_has_shape(naming.find(one + rest), deltas[name].delta.shape) for name, rest in mine)
+    ]
     return fit[0] if len(fit) == 1 else fit or list(several)
 
 
@@ -265,15 +266,16 @@ def _has_shape(view: View | None, shape: tuple[int, int]) -> bool:
     return shape in ((rows, columns), (columns, rows)) or len(view.shape) > 2
 
 
-def _describe(adapter: Adapter, naming: _Naming, lost: Sequence[tuple[str, ModuleDelta]], some: bool) -> str:
+def _describe(adapter: Adapter, namings: Sequence[_Naming], lost: Sequence[tuple[str, ModuleDelta]], some: bool) -> str:
     missing = [name for _, one in lost for name in one.tensors]
     wanted = lost[0][0]
-    near = _nearest(wanted, [entry.name for entry in naming.checkpoint.entries])
+    checkpoint, obstacles = namings[0].checkpoint, [one.obstacles[wanted] for one in namings if wanted in one.obstacles]
+    near = _nearest(wanted, [entry.name for entry in checkpoint.entries])
     total = adapter.tensor_count
-    text = f"{adapter.path}: {len(missing)} of {total} tensors have no weight in {naming.checkpoint.path}: "
+    text = f"{adapter.path}: {len(missing)} of {total} tensors have no weight in {checkpoint.path}: "
     text += f"{listed(missing)}. "
-    if wanted in naming.obstacles:
-        text += f"{naming.obstacles[wanted]}. "
+    if obstacles:
+        text += f"{obstacles[0]}. "
     if near:
         text += f"Nearest to {wanted} {'are' if len(near) > 1 else 'is'} {listed(near)}. "
     if not some:
