@@ -229,11 +229,14 @@ def test_every_name_becomes_what_transformers_makes_of_it(key: str) -> None:
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     names = sorted(checkpoint_names(key), key=core_model_loading.dot_natural_key)
     ours = runtime_names(steps_of({"model_type": key}, None), names)
+    met = set()
     for name in names:
-        renamed, _ = core_model_loading.rename_source_key(name, renamings, converters)
+        renamed, pattern = core_model_loading.rename_source_key(name, renamings, converters)
+        met.add(pattern)
         made = ours[renamed]
         sources = (made,) if isinstance(made, str) else [one for group in made.sources for one in group]
         assert name in sources or isinstance(made, str)  # of two with one name, the first is taken
+    assert {pattern for one in converters for pattern in one.source_patterns} <= met
 
 
 def adapter_for(parameters: Tensors, kind: str) -> tuple[Tensors, dict[str, Any], Tensors]:
