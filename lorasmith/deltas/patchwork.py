@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lorasmith.deltas.axis import Axis, span
+from lorasmith.deltas.replacement import Replacement
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,8 @@ class Patch:
         return self.rows[0], self.rows[len(self.rows) - 1] + 1
 
     def transposed(self) -> Patch:
-        return Patch(self.delta.transposed(), self.columns, self.rows)
+        turned = self.delta.turned() if isinstance(self.delta, Replacement) else self.delta.transposed()
+        return Patch(turned, self.columns, self.rows)
 
 
 @dataclass(frozen=True)

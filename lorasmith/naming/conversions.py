@@ -156,16 +156,20 @@ def _text(value: object) -> str | None:
 
 
 def runtime_names(steps: Sequence[Step], names: Sequence[str]) -> dict[str, str | Made]:
-    """The parameters of the running model, by name: what a stored tensor is called, or what they are made of."""
+    """The parameters of the running model, by name: what a stored tensor is called, or what they are made of.
+
+    Of tensors that get one name between them, none is known by it.
+    """
     renamings = [step for step in steps if not step.operations]
     converters = [step for step in steps if step.operations]
     active = [step for step in renamings if not step.guarded or _is_active(step, names)]
     found: dict[str, str | Made] = {}
+    clashes: set[str] = set()
     collected: dict[tuple[str, int], list[list[str]]] = {}
     for name in names:
         renamed = name
         if len(name) > LONGEST:
-            found.setdefault(name, name)
+            found[name] = name
             continue
         for step in active:
             moved = step.apply(renamed)
@@ -177,7 +181,9 @@ def runtime_names(steps: Sequence[Step], names: Sequence[str]) -> dict[str, str 
                 groups[moved[1]].append(name)
                 break
         else:
-            found.setdefault(renamed, name)
+            clashes |= {renamed} if renamed in found else set()
+            found[renamed] = name
+    found = {name: source for name, source in found.items() if name not in clashes}
     for (first, number), groups in collected.items():
         step = converters[number]
         sources = tuple(tuple(sorted(group, key=natural)) for group in groups)
