@@ -163,7 +163,8 @@ CASES: dict[str, Case] = {
         lambda t, _: 0.7 * t["high b"][1::2] @ t["a"],
     ),
     "LoRA on permuted rows": Case(
-        ("a", "b"), lambda of: lora(of["a"], of["b"], 0.7).part(rows=HEADS), lambda t, _: 0.7 * t["b"][HEADS_ROWS] @ t["a"]
+        ("a", "b"), lambda of: lora(of["a"], of["b"], 0.7).part(rows=HEADS),
+        lambda t, _: 0.7 * t["b"][HEADS_ROWS] @ t["a"],
     ),
     "LoRA on a third of the columns": Case(
         ("wide a", "b"), lambda of: lora(of["wide a"], of["b"], 1.0).part(columns=span(COLUMNS, COLUMNS)),
@@ -217,14 +218,16 @@ CASES: dict[str, Case] = {
             Patch(Replacement(of["half new"]), span(ROWS // 2, ROWS // 2), span(0, COLUMNS)),
         ), (ROWS, COLUMNS)),
         lambda t, w0: _put(0.7 * t["half b"] @ t["a"], slice(0, ROWS // 2))
-        + _put(t["half new"] - w0[ROWS // 2 :], slice(ROWS // 2, None)), turns=False,
+        + _put(t["half new"] - w0[ROWS // 2 :], slice(ROWS // 2, None)),
     ),
     "a patch on every second row": Case(
         ("a", "half b", "half rows"),
         lambda of: Patchwork((
             Patch(Dora(lora(of["a"], of["half b"], 0.7), of["half rows"]), EVEN_ROWS, span(0, COLUMNS)),
         ), (ROWS, COLUMNS)),
-        lambda t, w0: _put(_scaled(w0[::2] + 0.7 * t["half b"] @ t["a"], t["half rows"], 1) - w0[::2], slice(0, None, 2)),
+        lambda t, w0: _put(
+            _scaled(w0[::2] + 0.7 * t["half b"] @ t["a"], t["half rows"], 1) - w0[::2], slice(0, None, 2)
+        ),
     ),
     "a patch on every second column": Case(
         ("half a.t", "b.t", "half columns"),

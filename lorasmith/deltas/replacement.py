@@ -48,7 +48,8 @@ class Replacement:
 
     def turned(self) -> Replacement:
         """The transpose, for a base that stores the weight the other way round than the model has it."""
-        return Replacement(self.new, self.factor.transposed())
+        turned = self.factor.transposed()
+        return Replacement(self.new, None if turned == Factor(self.new) else turned)
 
     def part(self, rows: Axis | None = None, columns: Axis | None = None) -> Replacement:
         """Some rows and columns; rows that lie together are a tensor of their own."""
