@@ -27,6 +27,8 @@ class Axis:
     digits: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
+        if len(self.digits) == 1:  # as most are, of tens of thousands
+            return self.digits[0][0]
         return math.prod(count for count, _ in self.digits)
 
     def __getitem__(self, index: int) -> int:
@@ -39,8 +41,9 @@ class Axis:
     @cached_property
     def plain(self) -> range | None:
         """The same as a range, where it is one."""
-        if not self.digits:
-            return range(self.start, self.start + 1)
+        if len(self.digits) < 2:
+            count, step = self.digits[0] if self.digits else (1, 1)
+            return range(self.start, self.start + count * step, step) if step > 0 else None
         count, step = self.digits[0]
         for more, finer in self.digits[1:]:
             if count > 1 and more > 1 and step != more * finer:

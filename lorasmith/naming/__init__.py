@@ -123,14 +123,13 @@ def match(
     namings = [stored]
     best = _plain(stored, deltas)
     if len(steps) > len(steps_of({}, None)) or len(best) < len(deltas):
-        namings.append(_Naming(checkpoint, tensors, runtime_names(steps, list(tensors))))
-    for read in (_plain, _under_rule, _under_stems) if len(namings) > 1 else ():
-        found = [read(naming, deltas) for naming in namings]
-        if all(len(one) == len(deltas) for one in found):
-            _agree(adapter, deltas, *found)
-        best = max(*found, best, key=len)
-        if len(best) == len(deltas):
-            break
+        run = _Naming(checkpoint, tensors, runtime_names(steps, list(tensors)))
+        namings.append(run)
+        if len(best) == len(deltas) and deltas.keys() <= run.known.keys():
+            best = _agreed(adapter, deltas, best, {name: run.view(name) for name in deltas})
+    for read in (_plain, _under_rule, _under_stems):
+        if len(best) < len(deltas):
+            best = max(best, *(read(naming, deltas) for naming in namings), key=len)
     pairs = list(zip(wanted, adapter.deltas, strict=True))
     matched = [Match(one, best[name]) for name, one in pairs if name in best]
     left = [one for name, one in pairs if name not in best]
@@ -164,25 +163,29 @@ def _renamed(wanted: list[str], renames: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _agree(adapter: Adapter, deltas: Mapping[str, ModuleDelta], one: dict[str, View], other: dict[str, View]) -> None:
-    """Refuse an adapter that fits the checkpoint's own names and the running model's, and means different tensors.
+def _agreed(
+    adapter: Adapter, deltas: Mapping[str, ModuleDelta], stored: Mapping[str, View], run: Mapping[str, View | None]
+) -> dict[str, View]:
+    """What an adapter means that fits the checkpoint's own names and the running model's; refuse it where they differ.
 
     What is stored the other way round is told by the shape of what takes its place; factors fit it either way.
     """
+    agreed = dict(stored)
     for name, delta in deltas.items():
-        mine, theirs = one[name], other[name]
-        if mine == theirs or (isinstance(delta.delta, Stacked) and _same_tensors(mine, theirs)):
+        mine, theirs = stored[name], run[name]
+        if theirs is None or mine == theirs or (isinstance(delta.delta, Stacked) and _same_tensors(mine, theirs)):
             continue
-        whole_shape = delta.delta.new.shape if isinstance(delta.delta, Replacement) else None
-        if mine.shape != theirs.shape and whole_shape in (mine.shape, theirs.shape):
-            one[name] = other[name] = mine if whole_shape == mine.shape else theirs
+        new = delta.delta.new.shape if isinstance(delta.delta, Replacement) else None
+        if mine.shape != theirs.shape and new in (mine.shape, theirs.shape):
+            agreed[name] = mine if new == mine.shape else theirs
             continue
         ours, running = mine.tiles[0].entry.name, theirs.tiles[0].entry.name
         raise AdapterMismatch(
             f"{adapter.path}: {name!r} is {ours!r} by the checkpoint's names and {running!r} by those that "
-            f"transformers gives the running model; which one is meant cannot be known. Say it with "
+            "transformers gives the running model; which one is meant cannot be known. Say it with "
             f"--rename '^{re.escape(name)}$=NAME'"
         )
+    return agreed
 
 
 def _same_tensors(one: View, other: View) -> bool:

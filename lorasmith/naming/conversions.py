@@ -42,6 +42,8 @@ class Step:
 
     def apply(self, name: str) -> tuple[str, int] | None:
         """The name after the step, and the number of the pattern that matched; None where none does."""
+        if not any(word in name for word in _words(self.sources)):
+            return None
         scope = next((scope for scope in self.scopes if name.startswith(scope)), None)
         rest = None if scope is None else name.removeprefix(scope)
         match = None if rest is None else _compiled(self.sources).search(rest)
@@ -54,6 +56,12 @@ class Step:
             inner = match.group(match.re.groupindex[label] + 1)
             target = target.replace(r"\1", str(int(inner) + self.offset) if self.offset else inner)
         return scope + rest.replace(match[0], target, 1), number
+
+
+@functools.cache
+def _words(sources: tuple[str, ...]) -> tuple[str, ...]:
+    """For every pattern a word that is in all names it matches: looking for that is quicker than matching."""
+    return tuple("" if re.search(r"[(\[|?]", one) else max(re.findall(r"\w*", one), key=len) for one in sources)
 
 
 @functools.cache

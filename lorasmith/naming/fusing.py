@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasmith.deltas.axis import Axis
+from lorasmith.deltas.axis import Axis, span
 from lorasmith.naming.conversions import is_known
-from lorasmith.naming.tiles import CannotCompute, View, chunks, concatenate, cut, permute, split, stack
+from lorasmith.naming.tiles import CannotCompute, Tile, View, chunks, concatenate, permute, split, stack
 from lorasmith.naming.tiles import transpose as exchange
 
 INTERLEAVED = ("gpt_oss",)
@@ -46,6 +46,7 @@ class Names:
     all: Iterable[str]
     config: Mapping[str, Any]
     _experts: dict[str, int] = field(default_factory=dict)
+    _apart: dict[str, list[View]] = field(default_factory=dict)
 
     def experts(self, stem: str) -> int:
         """How many experts are stored one by one below a path."""
@@ -56,6 +57,12 @@ class Names:
                 if match is not None:
                     self._experts[match["stem"]] = max(self._experts.get(match["stem"], 0), int(match["number"]) + 1)
         return self._experts.get(stem, 0)
+
+    def apart(self, name: str, view: View) -> list[View]:
+        """The experts of a stack, one by one."""
+        if name not in self._apart:
+            self._apart[name] = _apart(view)
+        return self._apart[name]
 
 
 def fused_or_split(name: str, names: Names) -> View | None:
@@ -86,7 +93,7 @@ def _one_expert(name: str, names: Names) -> Iterator[View]:
             continue
         if int(match["number"]) >= view.shape[0]:
             raise CannotCompute(f"{name} would be one of only {view.shape[0]} experts")
-        one = _upright(stem, names, _number(view, int(match["number"])))
+        one = _upright(stem, names, names.apart(f"{stem}.{part}{suffix}", view)[int(match["number"])])
         if part == "gate_up_proj":
             yield _halves(one, names)[0 if match["which"] in _GATES else 1]
         else:
@@ -131,18 +138,17 @@ def _stems(stem: str) -> Iterator[str]:
             yield stem.replace(one, other)
 
 
-def _number(view: View, number: int) -> View:
-    """One of stacked views."""
-    one = cut(view, 0, number, 1)
-    tiles = tuple(
-        type(tile)(
-            tile.entry,
-            tile.own[1:],
-            tuple((None, axis) if dim == 0 or dim is None else (dim - 1, axis) for dim, axis in tile.stored),
-        )
-        for tile in one.tiles
-    )
-    return View(view.shape[1:], tiles)
+def _apart(view: View) -> list[View]:
+    """Each of stacked views."""
+    tiles: list[list[Tile]] = [[] for _ in range(view.shape[0])]
+    for tile in view.tiles:
+        for place, number in enumerate(tile.own[0].part(slice(0, len(tile.own[0])))):
+            stored = tuple(
+                (None, span(axis[place], 1)) if dim == 0 else (None if dim is None else dim - 1, axis)
+                for dim, axis in tile.stored
+            )
+            tiles[number].append(Tile(tile.entry, tile.own[1:], stored))
+    return [View(view.shape[1:], tuple(some)) for some in tiles]
 
 
 def _upright(stem: str, names: Names, one: View) -> View:
@@ -250,7 +256,7 @@ def _in_groups(view: View, groups: int, parts: int, first: int, many: int) -> Vi
     stored = tuple((dim, axis.of(picked)) if dim == 0 else (dim, axis) for dim, axis in tile.stored)
     count = groups * many * width
     own = (Axis(0, ((count, 1),)), *tile.own[1:])
-    return View((count, *view.shape[1:]), (type(tile)(tile.entry, own, stored),))
+    return View((count, *view.shape[1:]), (Tile(tile.entry, own, stored),))
 
 
 def _sizes(rows: int, config: Mapping[str, Any]) -> list[int]:
