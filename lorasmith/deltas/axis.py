@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class Axis:
         return Axis(plain.start + inner.start * step, tuple((count, each * step) for count, each in inner.digits))
 
 
+@lru_cache(maxsize=1 << 14)
 def span(start: int, length: int, step: int = 1) -> Axis:
-    """``length`` positions from ``start`` on, every ``step``-th."""
+    """``length`` positions from ``start`` on, every ``step``-th; one object for the many of a large model."""
     return Axis(start, ((length, step),))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from lorasmith.deltas.axis import Axis, span
@@ -54,8 +55,14 @@ class Facts:
 
 def whole(entry: TensorEntry) -> View:
     """A stored tensor as it is."""
-    axes = tuple(span(0, length) for length in entry.shape)
-    return View(entry.shape, (Tile(entry, axes, tuple(enumerate(axes))),))
+    axes, stored = _axes(entry.shape)
+    return View(entry.shape, (Tile(entry, axes, stored),))
+
+
+@lru_cache(maxsize=1 << 10)
+def _axes(shape: tuple[int, ...]) -> tuple[tuple[Axis, ...], tuple[Stored, ...]]:
+    axes = tuple(span(0, length) for length in shape)
+    return axes, tuple(enumerate(axes))
 
 
 def stack(views: Sequence[View]) -> View:
@@ -68,8 +75,13 @@ def stack(views: Sequence[View]) -> View:
 def _stacked(views: Sequence[View]) -> Iterator[Tile]:
     for number, view in enumerate(views):
         for tile in view.tiles:
-            stored = tuple((None if dim is None else dim + 1, axis) for dim, axis in tile.stored)
-            yield Tile(tile.entry, (span(number, 1), *tile.own), stored)
+            yield Tile(tile.entry, (span(number, 1), *tile.own), _shifted(tile.stored))
+
+
+@lru_cache(maxsize=1 << 10)
+def _shifted(stored: tuple[Stored, ...]) -> tuple[Stored, ...]:
+    """What a stored tensor's dimensions are once the parameter has one more before them."""
+    return tuple((None if dim is None else dim + 1, axis) for dim, axis in stored)
 
 
 def concatenate(views: Sequence[View], dim: int) -> View:
