@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from test_models import adapted, require_answers, tensors_of
 
 import lorasmith
+from lorasmith import placing
+from lorasmith.cli.merge import LAYOUTS as OFFERED
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -153,6 +155,27 @@ def test_a_base_whose_experts_are_stacked_takes_adapters_of_either_kind(tmp_path
     require_answers(tmp_path, kind, wanted, before)
 
 
+@pytest.mark.parametrize("adapter", ["stacked", "expert by expert", "trained whole"])
+def test_experts_that_transformers_turns_on_loading_are_turned_back(tmp_path: Path, adapter: str) -> None:
+    """As the Hub has Qwen3-VL-MoE: (experts, in, out) on disk, and (experts, out, in) in the model."""
+    kind = MIXTURES["qwen3_vl_moe"]
+    options = {"target_parameters": None, "modules_to_save": ["experts"]} if adapter == "trained whole" else {}
+    before, wanted = adapted(kind, tmp_path, **options)
+    file = tmp_path / "base" / "model.safetensors"
+    turned = {
+        name: tensor.transpose(1, 2).contiguous() if "mlp.experts" in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(turned, file, {"format": "pt"})
+    if adapter == "expert by expert":
+        change = one_by_one(kind, ("gate_proj", "up_proj", "down_proj"), lambda module: module)
+        copied(tmp_path / "adapter", tmp_path / "apart", change, target_parameters=...)
+        (tmp_path / "adapter").rename(tmp_path / "stacked")
+        (tmp_path / "apart").rename(tmp_path / "adapter")
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    require_answers(tmp_path, kind, wanted, before)
+
+
 # ----------------------------------------------------------------------------------------- layouts of the factors
 
 
@@ -222,6 +245,10 @@ def test_an_unknown_layout_of_b_is_refused(tmp_path: Path) -> None:
     edit(tmp_path / "adapter", lora_B_layout="woven")
     with pytest.raises(lorasmith.AdapterMismatch, match=r"woven.*--expert-layout"):
         lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_the_command_line_offers_the_layouts_that_there_are() -> None:
+    assert tuple(OFFERED) == placing.LAYOUTS
 
 
 def test_an_unknown_name_of_a_layout_is_a_wrong_option(tmp_path: Path) -> None:
@@ -350,6 +377,15 @@ def test_a_stack_that_does_not_fit_is_refused(tmp_path: Path, damage: str) -> No
     with pytest.raises(lorasmith.LorasmithError, match=says):
         lorasmith.merge(tmp_path / "base", tmp_path / "damaged", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_that_was_to_be_trained_and_has_no_factors_is_told(tmp_path: Path) -> None:
+    kind = Kind(MIXTURES["qwen3_moe"].model, MIXTURES["qwen3_moe"].config, MIXTURES["qwen3_moe"].sizes)
+    before, wanted = adapted(kind, tmp_path)
+    edit(tmp_path / "adapter", target_parameters=["mlp.experts.gate_up_proj"])
+    report = lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert any("mlp.experts.gate_up_proj" in warning for warning in report.warnings)
+    require_answers(tmp_path, kind, wanted, before)
 
 
 def test_one_expert_too_many_is_refused(tmp_path: Path) -> None:

@@ -79,3 +79,57 @@ def test_a_merged_model_answers_what_the_adapted_one_does(tmp_path: Path, name: 
     before, wanted = adapted(kind, tmp_path)
     lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     require_answers(tmp_path, kind, wanted, before)
+
+
+WITH_DORA = ("llava", "qwen2_vl", "gemma3", "gpt_neox", "phi3", "nomic_bert", "modernbert", "clip", "whisper")
+
+
+@pytest.mark.parametrize("name", WITH_DORA)
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}], ids=str)
+def test_dora_and_trained_biases_follow_their_weights(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    kind = KINDS[name]
+    before, wanted = adapted(kind, tmp_path, **options)
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    require_answers(tmp_path, kind, wanted, before)
+
+
+BIASED = {"llava": ["fc1", "linear_1"], "qwen2_vl": ["qkv"], "gpt_neox": ["query_key_value"], "whisper": ["fc1"]}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_that_was_trained_on_a_factor_follows_its_layer(tmp_path: Path, name: str) -> None:
+    kind = KINDS[name]
+    before, wanted = adapted(kind, tmp_path, target_modules=BIASED[name], lora_bias=True)
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    require_answers(tmp_path, kind, wanted, before)
+
+
+SAVED = {
+    "nomic_bert": ["layers.0.self_attn"], "gpt_neox": ["attention"], "qwen3_moe": ["experts"], "mixtral": ["experts"],
+    "gpt_oss": ["experts"], "llava": ["multi_modal_projector"], "qwen2_vl": ["visual"], "granitemoe": ["experts"],
+    "qwen3_vl_moe": ["experts"], "deepseek_v3": ["shared_experts", "gate"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_layers_trained_whole_take_the_place_of_what_is_stored_for_them(tmp_path: Path, name: str) -> None:
+    kind = KINDS[name]
+    modules = [one for one in kind.modules if not any(one in part for part in SAVED[name])]
+    modules = {"nomic_bert": ["down_proj"], "gpt_neox": ["dense_h_to_4h"], "qwen2_vl": ["q_proj"]}.get(name, modules)
+    before, wanted = adapted(
+        kind, tmp_path, target_modules=modules, target_parameters=None, modules_to_save=SAVED[name]
+    )
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    require_answers(tmp_path, kind, wanted, before)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_one_end_of_a_tie_inside_a_model_that_sees_is_untied(tmp_path: Path, name: str, target: str) -> None:
+    kind = KINDS[name]
+    before, wanted = adapted(kind, tmp_path, target_modules=[target])
+    report = lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert report.tensors_added == 1
+    got = answers(reloaded(tmp_path / "out"), kind.inputs())
+    assert (got - wanted).norm() / wanted.norm() < 1e-4
+    assert (before - wanted).norm() / wanted.norm() > 1e-2

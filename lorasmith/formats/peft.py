@@ -22,7 +22,7 @@ from lorasmith.dtypes import FLOATS
 from lorasmith.errors import AdapterMismatch, BadFile, Unsupported, listed
 from lorasmith.formats.factors import BIAS, Parts, read_modules
 from lorasmith.formats.scales import Scales
-from lorasmith.formats.stacks import read_stacks
+from lorasmith.formats.stacks import read_stacks, without_factors
 from lorasmith.jsonfile import parse_json, read_json
 from lorasmith.safefile import Header, TensorEntry, equal_bytes
 
@@ -93,7 +93,7 @@ def read(path: str, header: Header) -> Adapter:
         scale_assumed=scales.assumed,
         residual=_residual(config),
         side_files=_side_files(path),
-        warnings=(*scales.unsure, *_unknown(where, config)),
+        warnings=(*scales.unsure, *without_factors(where, config, deltas), *_unknown(where, config)),
     )
 
 

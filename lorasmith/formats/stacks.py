@@ -143,6 +143,15 @@ def _require_no_levels(file: str, where: str, modules: Iterable[str]) -> None:
         )
 
 
+def without_factors(where: str, config: Mapping[str, Any], deltas: Iterable[ModuleDelta]) -> tuple[str, ...]:
+    """A warning of parameters that the config says were trained and the file has nothing for."""
+    targets = [one for one in config.get("target_parameters") or () if isinstance(one, str)]
+    names = [f".{one.module}.{one.parameter}" for one in deltas] if targets else []
+    missing = sorted(target for target in targets if not any(name.endswith(f".{target}") for name in names))
+    text = "there are no factors for them; PEFT found no such parameters when it trained, or the file is incomplete"
+    return (f"{where} names {listed(missing)} (target_parameters), and {text}",) if missing else ()
+
+
 def generation(config: Mapping[str, Any]) -> str | None:
     """Which PEFT has laid the factors of stacked experts out, by the version in the config; None without one."""
     said = config.get("peft_version")
