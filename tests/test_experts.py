@@ -176,6 +176,41 @@ def test_experts_that_transformers_turns_on_loading_are_turned_back(tmp_path: Pa
     require_answers(tmp_path, kind, wanted, before)
 
 
+def test_dora_on_experts_stored_the_other_way_walks_over_each_of_them(tmp_path: Path) -> None:
+    """Its norms run over the rows of what is stored, which take several blocks."""
+    generator = torch.Generator().manual_seed(1)
+    stem = "model.layers.0.mlp.experts"
+    base = {
+        f"{stem}.gate_up_proj": torch.randn(3, 700, 1000, generator=generator),
+        f"{stem}.down_proj": torch.randn(3, 500, 700, generator=generator),
+    }
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    write_json(tmp_path / "base" / "config.json", {"model_type": "gpt_oss", "tie_word_embeddings": False})
+    wanted = {name: tensor.double().clone() for name, tensor in base.items()}
+    factors: Tensors = {}
+    for expert, layer in ((0, "up_proj"), (2, "gate_proj"), (2, "down_proj"), (1, "down_proj")):
+        stored = wanted[f"{stem}.{'down_proj' if layer == 'down_proj' else 'gate_up_proj'}"][expert]
+        place = stored.T[{"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}.get(layer, slice(None))]
+        rows, columns = place.shape
+        a, b = torch.randn(RANK, columns, generator=generator), torch.randn(rows, RANK, generator=generator)
+        magnitude = torch.rand(rows, generator=generator) * 30 + 1
+        adapted = place + SCALE * b.double() @ a.double()
+        place.copy_(magnitude.double()[:, None] * adapted / adapted.norm(dim=1, keepdim=True))
+        module = f"base_model.model.{stem}.{expert}.{layer}"
+        factors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        factors[f"{module}.lora_magnitude_vector"] = magnitude
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2, "use_dora": True}
+    write_json(tmp_path / "adapter" / "adapter_config.json", said)
+    report = lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", threads=2)
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.allclose(tensor.double(), wanted[name], rtol=1e-5, atol=1e-5)
+    assert report.survival is not None
+    assert report.survival.total == pytest.approx(1, abs=1e-6)
+
+
 # ----------------------------------------------------------------------------------------- layouts of the factors
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lorasmith.deltas.low_rank import LowRank
     from lorasmith.safefile import TensorEntry
 
-    Blocks = Callable[[], Iterator[tuple[slice, torch.Tensor]]]
+    Blocks = Callable[..., Iterator[tuple[slice, torch.Tensor]]]
 
 
 class OpenDelta(Protocol):
@@ -86,4 +86,8 @@ class Delta(Protocol):
         """Bytes that ``open`` and adding blocks of that many rows take."""
 
     def open(self, dtype: torch.dtype, blocks: Blocks) -> OpenDelta:
-        """Read what every row needs, in the dtype of the sum; ``blocks()`` walks over the base's rows."""
+        """Read what every row needs, in the dtype of the sum.
+
+        ``blocks()`` walks over the base's rows, ``blocks(start, stop)`` over those from ``start`` to ``stop`` and
+        what else is in their blocks.
+        """

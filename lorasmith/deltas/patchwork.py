@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lorasmith.deltas.axis import Axis, span
+from lorasmith.deltas.dora import Dora
 from lorasmith.deltas.replacement import Replacement
 
 if TYPE_CHECKING:
@@ -85,11 +86,12 @@ class Patchwork:
         return None
 
     def memory(self, block_rows: int) -> int:
-        largest = 0
+        largest, walked = 0, 8 * min(block_rows, self.shape[0]) * self.shape[1]
         for count, some in self._at_once(block_rows):
             height = min(block_rows, len(some.rows))
             copies = 2 if some.delta.needs_base else 1
             gathered = 0 if _is_view(some) else 4 * copies * height * len(some.columns) + 16 * len(some.rows)
+            gathered += walked if isinstance(some.delta, Dora) and some.delta.by_column else 0
             largest = max(largest, count * (some.delta.memory(height) + gathered))
         return largest
 
@@ -178,7 +180,7 @@ class _OpenPatchwork:
 
         def own() -> Iterator[tuple[slice, torch.Tensor]]:
             """The blocks of the base, cut to the patch."""
-            for rows, w0 in self._blocks():
+            for rows, w0 in self._blocks(*patch.reach):
                 mine = patch.rows.within(rows.start, rows.stop)
                 if mine.start < mine.stop:
                     yield mine, _gathered(patch, mine, rows.start, w0)

@@ -34,6 +34,14 @@ _COMPARED = 5000
 """Names that a missing one is compared with, to tell the nearest."""
 
 
+UNFIT = (CannotCompute, ValueError, IndexError)
+"""What comes of rearranging tensors that have other dimensions than the rule is for."""
+
+
+def _why(error: Exception) -> str:
+    return str(error) if isinstance(error, CannotCompute) else "its tensors have not the dimensions that they should"
+
+
 @dataclass(frozen=True)
 class Match:
     """One of an adapter's deltas, bound to what the base has for its parameter."""
@@ -78,8 +86,8 @@ class _Naming:
         facts = Facts(self.checkpoint.config, functools.partial(divided, self.checkpoint.config))
         try:
             found = made(source.step.operations, sources, source.step.targets, facts)
-        except (CannotCompute, ValueError) as error:
-            self.obstacles[name] = str(error)
+        except UNFIT as error:
+            self.obstacles[name] = _why(error)
             return None
         return found[source.step.targets[source.target]]
 
@@ -94,8 +102,8 @@ class _Naming:
             return view
         try:
             return fused_or_split(name, self.names)
-        except CannotCompute as error:
-            self.obstacles[name] = str(error)
+        except UNFIT as error:
+            self.obstacles[name] = _why(error)
             return None
 
     @functools.cached_property

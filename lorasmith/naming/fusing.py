@@ -238,8 +238,8 @@ def _falcon(view: View, config: Mapping[str, Any]) -> list[View]:
     """Groups of queries with their key and value; without groups, one key and value behind all queries, or each."""
     heads, _, width = _heads(config)
     if config.get("new_decoder_architecture"):
-        groups = config.get("num_kv_heads") or heads
-        per = heads // groups
+        groups = _number_of(config, "num_kv_heads", default=heads)
+        per = max(1, heads // groups)
         return [_in_groups(view, groups, per + 2, first, many) for first, many in ((0, per), (per, 1), (per + 1, 1))]
     if config.get("multi_query", True):
         return split(view, [heads * width, width, width], 0)

@@ -22,7 +22,7 @@ TEXT = frozenset({
 """What may stand before the layers of a language model."""
 
 HEADS = ("lm_head.", "embed_out.", "language_model.lm_head.", "model.lm_head.", "text_model.lm_head.", "llm.lm_head.",
-         "thinker.lm_head.", "model.language_model.lm_head.", "output.", "head.")  # fmt: skip
+         "thinker.lm_head.", "model.language_model.lm_head.")  # fmt: skip
 """Names of output heads over the vocabulary; a model has one of them."""
 
 

@@ -144,7 +144,7 @@ def _cut_digit(axis: Axis, start: int, length: int) -> tuple[Axis, Axis] | None:
 def chunks(view: View, count: int, dim: int) -> list[View]:
     """Equal parts along a dimension; the last is smaller where they cannot be (``torch.chunk``)."""
     length = view.shape[dim]
-    size = -(-length // count)
+    size = max(1, -(-length // count))
     starts = range(0, length, size)
     if len(starts) != count:
         raise CannotCompute(f"{length} rows would be cut into {count} parts")
