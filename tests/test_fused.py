@@ -125,6 +125,35 @@ def test_a_layer_in_three_blocks_is_divided_in_three(tmp_path: Path) -> None:
     assert close(after, before + torch.cat([delta(tensors, part) for part in parts]))
 
 
+def test_heads_of_bloom_follow_each_other_as_well(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "n_layer": 1, "n_head": 4, "tie_word_embeddings": False}
+    kind = Kind("BloomForCausalLM", "BloomConfig", sizes)
+    stem = "transformer.h.0.self_attention"
+    parts = {f"{stem}.{one}": 32 for one in ("query", "key", "value")}
+    before, after, tensors = split(kind, tmp_path, f"{stem}.query_key_value", parts)
+    heads = kind.build().transformer.h[0].self_attention._reshape
+    taken = [[one[0].permute(0, 2, 1) for one in heads(weight.T[None])] for weight in (before, after)]
+    for place, part in enumerate(parts):
+        wanted = delta(tensors, part).view(4, 8, 32)
+        assert close(_by_head(taken[1][place]), _by_head(taken[0][place]) + wanted)
+
+
+def _by_head(taken: torch.Tensor) -> torch.Tensor:
+    """What a model has taken out of a weight's rows as (heads, width, inputs), whichever way round it has them."""
+    return taken if taken.shape == (4, 8, 32) else taken.transpose(1, 2)
+
+
+def test_three_blocks_of_mpt_are_q_k_and_v(tmp_path: Path) -> None:
+    """As its own code cuts them (``MptAttention.forward``)."""
+    sizes = {"vocab_size": 61, "d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 64}
+    stem = "transformer.blocks.0.attn"
+    parts = {f"{stem}.{one}_proj": 32 for one in "qkv"}
+    kind = Kind("MptForCausalLM", "MptConfig", sizes)
+    before, after, tensors = split(kind, tmp_path, f"{stem}.Wqkv", parts)
+    for mine, base, part in zip(after.chunk(3), before.chunk(3), parts, strict=True):
+        assert close(mine, base + delta(tensors, part))
+
+
 def test_a_tower_s_layer_is_divided_by_the_tower_s_own_heads(tmp_path: Path) -> None:
     parts = {f"visual.blocks.0.attn.{one}_proj": 24 for one in "qkv"}
     before, after, tensors = split(KINDS["qwen2_vl"], tmp_path, "visual.blocks.0.attn.qkv", parts)
