@@ -211,6 +211,31 @@ def test_dora_on_experts_stored_the_other_way_walks_over_each_of_them(tmp_path: 
     assert report.survival.total == pytest.approx(1, abs=1e-6)
 
 
+def test_a_bias_of_one_expert_goes_into_the_row_of_all(tmp_path: Path) -> None:
+    """As gpt-oss has them: (experts, outputs), gate and up in turn."""
+    MIXTURES["gpt_oss"].build().save_pretrained(tmp_path / "base")
+    base = tensors_of(tmp_path / "base")
+    stem = "model.layers.1.mlp.experts"
+    factors: Tensors = {}
+    wanted = {name: base[f"{stem}.{name}"].double().clone() for name in ("gate_up_proj_bias", "down_proj_bias")}
+    for layer, rows, columns in (("gate_proj", 24, 32), ("up_proj", 24, 32), ("down_proj", 32, 24)):
+        module = f"base_model.model.{stem}.2.{layer}"
+        factors[f"{module}.lora_A.weight"] = torch.randn(RANK, columns)
+        factors[f"{module}.lora_B.weight"] = torch.zeros(rows, RANK)
+        bias = factors[f"{module}.lora_B.bias"] = torch.randn(rows)
+        place = wanted["down_proj_bias" if layer == "down_proj" else "gate_up_proj_bias"][2]
+        place[{"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}.get(layer, slice(None))] += SCALE * bias
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2, "lora_bias": True}
+    write_json(tmp_path / "adapter" / "adapter_config.json", said)
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = tensors_of(tmp_path / "out")
+    for name, tensor in wanted.items():
+        assert torch.allclose(merged[f"{stem}.{name}"].double(), tensor, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(merged[f"{stem}.{name}"], base[f"{stem}.{name}"])
+
+
 # ----------------------------------------------------------------------------------------- layouts of the factors
 
 

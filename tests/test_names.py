@@ -269,6 +269,39 @@ def test_an_adapter_that_fits_by_half_is_refused_whole(tmp_path: Path) -> None:
     assert report.adapters[0].tensors_used == len(tensors)
 
 
+ODD_CONFIGS: list[dict[str, Any]] = [
+    {"num_attention_heads": "four"}, {"num_attention_heads": 0}, {"num_attention_heads": -3}, {"head_dim": 10**9},
+    {"num_key_value_heads": 7}, {"text_config": [1, 2]}, {"text_config": {"text_config": {"model_type": 3}}},
+    {"architectures": {"LlamaModel": 1}}, {"architectures": [["x"]]}, {"model_type": ["phi3"]}, {"model_type": None},
+    {"hidden_size": None, "model_type": "falcon", "num_kv_heads": "x"}, {"vision_config": "none"},
+    {"model_type": "kimi_k25", "vision_config": {"num_attention_heads": 10**12}},
+    {"model_type": "qwen3_vl_moe"}, {"model_type": "mixtral"}, {"model_type": "ernie4_5_vl_moe"},
+]  # fmt: skip
+ODD_BASES: list[dict[str, tuple[int, ...]]] = [
+    {"m.layers.0.attn.qkv_proj.weight": (12, 4)}, {"m.layers.0.attn.query_key_value.weight": (12, 4)},
+    {"m.layers.0.attn.qkv_proj.weight": (0, 4)}, {"m.layers.0.attn.qkv_proj.weight": (12,)},
+    {"m.layers.0.mlp.experts.gate_up_proj": (2, 4), "m.layers.0.mlp.experts.down_proj": (4,)},
+    {"m.layers.0.mlp.experts.gate_up_proj": (2, 0, 4), "m.layers.0.mlp.experts.down_proj": (2, 4, 0)},
+    {"m.layers.0.mlp.experts.0.gate_proj.weight": (4,), "m.layers.0.mlp.experts.0.up_proj.weight": (4, 2)},
+    {"m.layers.0.mlp.experts.0.w1.weight": (4, 2), "m.layers.0.mlp.experts.7.w3.weight": (4, 2)},
+    {"m.layers.0.attn.wqkv.weight": (12, 4)}, {"m.layers.0.attn.wqkv.weight": (11, 4)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", ODD_CONFIGS, ids=str)
+def test_a_config_or_a_base_that_makes_no_sense_is_refused_in_one_sentence(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    for number, names in enumerate(ODD_BASES):
+        plain_base(tmp_path / f"base{number}", names, **config)
+    wanted = ("attn.k_proj", "attn.q_proj", "mlp.experts.1.gate_proj", "mlp.experts.0.w2", "attn.qkv_proj")
+    for number, module in enumerate(wanted):
+        write_adapter(tmp_path / f"adapter{number}", factors(f"m.layers.0.{module}", 5, 3))
+        for base in range(len(ODD_BASES)):
+            with pytest.raises(lorasmith.LorasmithError):
+                lorasmith.plan(tmp_path / f"base{base}", tmp_path / f"adapter{number}")
+
+
 @pytest.mark.parametrize("name", ["a." * 40_000 + "weight", "experts." * 20_000 + "0.w1.weight", "layers.1." * 9000])
 def test_a_name_of_any_length_takes_no_time(tmp_path: Path, name: str) -> None:
     plain_base(tmp_path / "base", {name: (4, 6), "model.layers.0.q_proj.weight": (4, 6)}, model_type="mixtral")
