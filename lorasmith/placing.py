@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -20,7 +20,7 @@ from lorasmith.naming.tiles import Stored, Tile, View
 from lorasmith.safefile import TensorEntry
 
 LAYOUTS = ("peft", "peft-0.19.0", "peft-0.18", "unsloth")
-"""How the factors of stacked experts may be stored; what each means is in ``laid_out`` and ``fitted``."""
+"""How the factors of stacked experts may be stored; what each means is in ``laid_out`` and below it."""
 
 TRANSPOSED = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 """Model types whose experts say of themselves that they are stored as (in, out)."""
@@ -109,9 +109,25 @@ def _is_turned(row: Stored, column: Stored, *, one_column: bool) -> bool:
 # ----------------------------------------------------------------------------------------- stacked experts' layout
 
 
-def laid_out(adapter: Adapter, match: Match, layout: str | None, config: Mapping[str, object]) -> Stacked:
+def told_by_shape(matches: Iterable[Match]) -> bool | None:
+    """Which way round an adapter's stacks are, if those with experts that are not square agree about it.
+
+    PEFT decides it for a module, not for a parameter: the square one beside them is like them.
+    """
+    found = set()
+    for match in matches:
+        delta, shape = match.source.delta, match.view.shape
+        if isinstance(delta, Stacked) and len(shape) == 3 and shape[1] != shape[2]:
+            found |= {one.turned for one in _both(delta) if one.each == shape[1:]}
+    return found.pop() if len(found) == 1 else None
+
+
+def laid_out(
+    adapter: Adapter, match: Match, layout: str | None, config: Mapping[str, object], turned: bool | None
+) -> Stacked:
     """The factors of stacked experts, knowing how they are stored: by shapes, the adapter's config, or ``layout``.
 
+    ``turned`` is what ``told_by_shape`` says of the adapter.
     Raises AdapterMismatch where they do not fit, or where it cannot be known.
     """
     delta, shape = match.source.delta, match.view.shape
@@ -129,14 +145,15 @@ def laid_out(adapter: Adapter, match: Match, layout: str | None, config: Mapping
             f"columns of {match.source.tensors[1]!r} belong to which expert is not; say it with --expert-layout "
             f"{'|'.join(LAYOUTS)}"
         )
-    known = layout if layout and layout != "unsloth" else generation(adapter.config)
-    types = {part.get("model_type") for part in (config, config.get("text_config")) if isinstance(part, Mapping)}
-    fitting = fitted(delta, (shape[1], shape[2]), known, is_transposed=not types.isdisjoint(TRANSPOSED))
+    said = layout if layout != "unsloth" else None
+    fitting = [one for one in _both(delta) if one.each == shape[1:] and turned in (None, one.turned)]
+    if len(fitting) > 1:
+        fitting = _by_generation(fitting, said, generation(adapter.config), config)
     if len(fitting) > 1:
         raise AdapterMismatch(
             f"{adapter.path}: the experts of {name} are square, and nothing says which PEFT has written "
-            f"{match.source.tensors[0]!r}, which decides which way round they are; say it with --expert-layout "
-            f"{'|'.join(LAYOUTS)}"
+            f"{match.source.tensors[0]!r}, and with which transformers, so which way round they are is not known; say "
+            f"it with --expert-layout {'|'.join(LAYOUTS)}"
         )
     if not fitting:
         raise AdapterMismatch(
@@ -147,19 +164,27 @@ def laid_out(adapter: Adapter, match: Match, layout: str | None, config: Mapping
     return replace(fitting[0], by_expert=by_expert)
 
 
-def fitted(delta: Stacked, each: tuple[int, int], generation: str | None, *, is_transposed: bool) -> list[Stacked]:
-    """The ways round in which factors may be meant for an expert's weight of shape ``each``.
+def _both(delta: Stacked) -> tuple[Stacked, Stacked]:
+    """The ways round in which factors may be meant."""
+    return replace(delta, turned=False), replace(delta, turned=True)
+
+
+def _by_generation(
+    both: list[Stacked], said: str | None, written: str | None, config: Mapping[str, object]
+) -> list[Stacked]:
+    """What is left of two ways round, knowing which PEFT has ``written`` the factors, or has been ``said`` to have.
 
     PEFT up to 0.18 has A run over the weight's rows and B over its columns (so that the product is its transpose);
-    0.19.0 has that but for models that store (in, out), and later versions have it for these only
-    (``lora.ParamWrapper.update_layer``).
+    0.19.0 has that but for experts that say they are stored as (in, out), and later versions have it for these only
+    (``lora.ParamWrapper.update_layer``). Whether they say so depends on the transformers it was.
     """
-    both = (replace(delta, turned=False), replace(delta, turned=True))
-    fitting = [one for one in both if one.each == each]
-    if len(fitting) < 2 or generation is None:
-        return fitting
-    is_turned = {"peft-0.18": True, "peft-0.19.0": not is_transposed}.get(generation, is_transposed)
-    return [both[is_turned]]
+    types = {part.get("model_type") for part in (config, config.get("text_config")) if isinstance(part, Mapping)}
+    is_transposed = not types.isdisjoint(TRANSPOSED)
+    known = said or written
+    if known is None or (is_transposed and not said and known != "peft-0.18"):
+        return both
+    turned = {"peft-0.18": True, "peft-0.19.0": not is_transposed}.get(known, is_transposed)
+    return [one for one in both if one.turned == turned]
 
 
 # ------------------------------------------------------------------------------------------------- what to tell

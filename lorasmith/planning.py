@@ -29,7 +29,7 @@ from lorasmith.deltas.token_rows import TokenRows
 from lorasmith.dtypes import BY_OPTION, FLOATS
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
 from lorasmith.naming.ties import EMBEDDINGS, HEADS, layer
-from lorasmith.placing import LAYOUTS, describe, laid_out, matrix, place
+from lorasmith.placing import LAYOUTS, describe, laid_out, matrix, place, told_by_shape
 from lorasmith.recipe import plan_hash, recipe
 from lorasmith.records import AdapterUse, Convert, Merge, Output, Plan, SideFile, TargetGroup
 from lorasmith.safefile import TensorEntry
@@ -185,11 +185,12 @@ def _bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, option
     heads = tuple(one for one in left if one.may_be_new)
     grown = _grown(structure, matched)
     bound: list[Bound] = []
+    turned = told_by_shape(matched)
     for one in matched:
         if one.view.is_stored and not isinstance(one.source.delta, Stacked):
             bound.append(_bind_whole(checkpoint, adapter, one, grown))
         else:
-            bound += _bind_parts(checkpoint, adapter, one, options.expert_layout)
+            bound += _bind_parts(checkpoint, adapter, one, options.expert_layout, turned)
     used = [*(one.source for one in matched), *heads]
     return _Binding(
         tuple(bound),
@@ -214,14 +215,16 @@ def _bind_whole(
     return Bound(match.target, match.source, delta)
 
 
-def _bind_parts(checkpoint: Checkpoint, adapter: Adapter, match: naming.Match, layout: str | None) -> Iterator[Bound]:
+def _bind_parts(
+    checkpoint: Checkpoint, adapter: Adapter, match: naming.Match, layout: str | None, turned: bool | None
+) -> Iterator[Bound]:
     """A delta on a parameter that is several tensors of the base, or a part of one."""
     delta, name = match.source.delta, match.source.tensors[0]
     if isinstance(delta, Stacked) and delta.count == 1 and len(match.view.shape) == 2:
         delta = delta.expert(0)
     rows, columns = matrix(match.view, delta)
     if isinstance(delta, Stacked):
-        delta = laid_out(adapter, match, layout, checkpoint.config)
+        delta = laid_out(adapter, match, layout, checkpoint.config, turned)
     if isinstance(delta, TokenRows):
         delta = replace(delta, shape=(rows, delta.shape[1]))
     if delta.shape != (rows, columns):

@@ -272,12 +272,22 @@ LAYOUTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+SQUARE = Kind(
+    "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MIXTURES["qwen3_moe"].sizes, "moe_intermediate_size": 16},
+    parameters=("gate_up_proj",),
+)  # fmt: skip
+"""Gate and up together are as tall as they are wide, and there is nothing else to tell which way round they are."""
+
+IN_OUT = Kind(
+    "GptOssForCausalLM", "GptOssConfig", {**MIXTURES["gpt_oss"].sizes, "intermediate_size": 32},
+    parameters=("gate_up_proj", "down_proj"),
+)  # fmt: skip
+"""As gpt-oss itself is: what goes down is square, and what goes up is not."""
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("square", [False, True], ids=["told by shape", "told by the config"])
-def test_every_layout_of_stacked_factors_is_read_as_it_was_written(tmp_path: Path, layout: str, square: bool) -> None:
-    """Square: gate and up together are as tall as they are wide, so that only the config tells."""
-    sizes = {**MIXTURES["qwen3_moe"].sizes, **({"moe_intermediate_size": 16} if square else {})}
-    kind = Kind("Qwen3MoeForCausalLM", "Qwen3MoeConfig", sizes, parameters=("gate_up_proj", "down_proj"))
+@pytest.mark.parametrize("kind", [MIXTURES["qwen3_moe"], SQUARE], ids=["told by shape", "told by the config"])
+def test_every_layout_of_stacked_factors_is_read_as_it_was_written(tmp_path: Path, layout: str, kind: Kind) -> None:
     before, wanted = adapted(kind, tmp_path)
     change, config = LAYOUTS[layout]
     copied(tmp_path / "adapter", tmp_path / "other", change, **config)
@@ -285,11 +295,43 @@ def test_every_layout_of_stacked_factors_is_read_as_it_was_written(tmp_path: Pat
     require_answers(tmp_path, kind, wanted, before)
 
 
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.21.2", ...], ids=str)
+@pytest.mark.parametrize("change", [dict, turned], ids=["turned", "straight"])
+def test_a_square_stack_is_the_way_round_that_the_one_beside_it_is(
+    tmp_path: Path, change: Callable[[Tensors], Tensors], version: Any
+) -> None:
+    before, wanted = adapted(IN_OUT, tmp_path)
+    copied(tmp_path / "adapter", tmp_path / "other", change, peft_version=version)
+    lorasmith.merge(tmp_path / "base", tmp_path / "other", tmp_path / "out")
+    require_answers(tmp_path, IN_OUT, wanted, before)
+
+
+@pytest.mark.parametrize("version", ["0.19.0", "0.21.2", ...], ids=str)
+@pytest.mark.parametrize("layout", ["peft", "peft-0.19.0"])
+def test_a_square_stack_stored_as_in_out_is_refused_until_its_layout_is_said(
+    tmp_path: Path, version: Any, layout: str
+) -> None:
+    """Which way round PEFT had it depends on whether transformers said so at that time."""
+    kind = Kind(IN_OUT.model, IN_OUT.config, IN_OUT.sizes, parameters=("down_proj",))
+    before, wanted = adapted(kind, tmp_path)
+    copied(tmp_path / "adapter", tmp_path / "other", turned if layout == "peft-0.19.0" else dict, peft_version=version)
+    with pytest.raises(lorasmith.AdapterMismatch, match=r"square.*--expert-layout"):
+        lorasmith.merge(tmp_path / "base", tmp_path / "other", tmp_path / "out")
+    lorasmith.merge(tmp_path / "base", tmp_path / "other", tmp_path / "out", expert_layout=layout)
+    require_answers(tmp_path, kind, wanted, before)
+
+
+def test_a_square_stack_of_an_old_release_needs_no_saying(tmp_path: Path) -> None:
+    kind = Kind(IN_OUT.model, IN_OUT.config, IN_OUT.sizes, parameters=("down_proj",))
+    before, wanted = adapted(kind, tmp_path)
+    edit(tmp_path / "adapter", peft_version="0.17.1")
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    require_answers(tmp_path, kind, wanted, before)
+
+
 @pytest.mark.parametrize("layout", ["peft", "peft-0.19.0", "peft-0.18", "unsloth"])
 def test_a_layout_that_nothing_tells_is_refused_until_it_is_said(tmp_path: Path, layout: str) -> None:
-    sizes = {**MIXTURES["qwen3_moe"].sizes, "moe_intermediate_size": 16}
-    kind = Kind("Qwen3MoeForCausalLM", "Qwen3MoeConfig", sizes, parameters=("gate_up_proj", "down_proj"))
-    before, wanted = adapted(kind, tmp_path)
+    before, wanted = adapted(SQUARE, tmp_path)
     change = {"peft": dict, "unsloth": regrouped}.get(layout, turned)
     version = "0.21.2" if layout == "unsloth" else ...
     copied(tmp_path / "adapter", tmp_path / "other", change, peft_version=version)
@@ -297,7 +339,7 @@ def test_a_layout_that_nothing_tells_is_refused_until_it_is_said(tmp_path: Path,
         with pytest.raises(lorasmith.AdapterMismatch, match=r"square.*--expert-layout"):
             lorasmith.merge(tmp_path / "base", tmp_path / "other", tmp_path / "out")
     lorasmith.merge(tmp_path / "base", tmp_path / "other", tmp_path / "out", expert_layout=layout)
-    require_answers(tmp_path, kind, wanted, before)
+    require_answers(tmp_path, SQUARE, wanted, before)
 
 
 def test_an_unknown_layout_of_b_is_refused(tmp_path: Path) -> None:
