@@ -17,6 +17,7 @@ from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.combining.combined import draw_name
 from lorasmith.deltas import Delta
+from lorasmith.deltas.patchwork import Patchwork, clash, join
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.errors import AdapterMismatch, Unsupported, listed
 from lorasmith.naming.ties import EMBEDDINGS, HEADS, gain, layer
@@ -27,17 +28,16 @@ from lorasmith.structure import LABELS, Structure, config_changes
 
 @dataclass(frozen=True)
 class Bound:
-    """One delta on one tensor of the model, turned the way that is stored; ``flipped`` if that is (inputs, outputs)."""
+    """One delta on one tensor of the model, turned the way that is stored; ``flipped`` if that is (inputs, outputs).
+
+    ``is_whole`` says that it is all of the source's, and about all of the tensor.
+    """
 
     target: TensorEntry
     source: ModuleDelta
     delta: Delta
     flipped: bool = False
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is about the whole tensor."""
-        return True
+    is_whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Draft:
     resized: bool = False
 
     def slot(self, name: str, gain: float = 1.0) -> Slot:
-        return Slot(name, self.entry, tuple(self.terms), gain)
+        return Slot(name, self.entry, tuple(_seen_alike(self.terms)), gain)
 
 
 def assemble(
@@ -88,6 +88,7 @@ def assemble(
     stored = {entry.name for entry in checkpoint.entries}
     _resize(structure, adapters, bound, drafts)
     _gather(structure, adapters, bound, drafts)
+    _join(adapters, drafts)
     _require_known_ties(checkpoint, structure, drafts)
     loose = _settle_ties(structure, stored, drafts)
     if loose and not checkpoint.config:
@@ -162,7 +163,7 @@ def _resize(
     """Let tensors whose replacement has another number of rows be read from it."""
     for position, adapter, weight, one in _each(adapters, bound):
         new = one.delta.new if isinstance(one.delta, Replacement) else None
-        if new is None or new.shape == one.target.shape:
+        if new is None or new.shape == one.target.shape or one.delta.shape == one.target.matrix:
             continue
         if weight != 1:
             raise AdapterMismatch(
@@ -201,7 +202,7 @@ def _gather(
                 continue
             _require_rows(adapter, one, draft.entry if draft else structure.tensors[member])
             if weight != 0:
-                term = Term(one.delta, weight, position, draw_name(one.source), one.flipped)
+                term = Term(one.delta, weight, position, draw_name(one.source) if one.is_whole else "", one.flipped)
                 drafts.setdefault(member, _Draft(structure.tensors[member])).terms.append(term)
     for draft in drafts.values():
         draft.terms = _once(draft.terms)
@@ -219,9 +220,46 @@ def _once(terms: Sequence[Term]) -> list[Term]:
     return kept
 
 
+def _seen_alike(terms: Sequence[Term]) -> Iterator[Term]:
+    """The terms of one tensor, all of one shape: stacked experts may be seen as (experts, …) and as (all rows, …)."""
+    shapes = {term.delta.shape for term in terms if not isinstance(term.delta, Replacement)}
+    for term in terms:
+        if len(shapes) == 1 and isinstance(term.delta, Replacement) and term.delta.shape not in shapes:
+            (shape,) = shapes
+            yield replace(term, delta=Replacement(replace(term.delta.new, shape=shape)))
+        else:
+            yield term
+
+
+def _join(adapters: Weighted, drafts: Mapping[str, _Draft]) -> None:
+    """Make one patchwork of what the modules of one adapter do to one tensor; they must do it to different rows."""
+    for name, draft in drafts.items():
+        works: dict[int, list[Patchwork]] = {}
+        for term in draft.terms if len(draft.terms) > 1 else ():
+            if isinstance(term.delta, Patchwork):
+                works.setdefault(term.adapter, []).append(term.delta)
+        for position, several in works.items():
+            whole = [term for term in draft.terms if term.adapter == position and not isinstance(term.delta, Patchwork)]
+            joined = join(several)
+            if whole or clash(joined):
+                raise AdapterMismatch(
+                    f"{adapters[position][0].path}: two of its modules change the same rows of {name!r}; it was put "
+                    "together of adapters for different versions of the model"
+                )
+            factor = next(term.factor for term in draft.terms if term.adapter == position)
+            others = [term for term in draft.terms if term.adapter != position]
+            draft.terms = [*others, Term(joined, factor, position)]
+        draft.terms.sort(key=lambda term: term.adapter)
+
+
+def is_stacked(shape: tuple[int, int], entry: TensorEntry) -> bool:
+    """Whether a tensor of three dimensions is seen as the rows of all its matrices, one below the other."""
+    return len(entry.shape) == 3 and shape == (entry.shape[0] * entry.shape[1], entry.shape[2])
+
+
 def _require_rows(adapter: Adapter, one: Bound, entry: TensorEntry) -> None:
     """Refuse a delta that does not fit what another one has made of its tensor."""
-    if one.delta.shape != entry.matrix:
+    if one.delta.shape != entry.matrix and not is_stacked(one.delta.shape, entry):
         raise AdapterMismatch(
             f"{adapter.path}: the delta for {one.target.name!r} has shape {list(one.delta.shape)} and the tensor "
             f"{list(entry.shape)} ({one.source.tensors[0]}); the adapter was trained on another model or size"

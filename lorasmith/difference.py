@@ -16,7 +16,7 @@ from lorasmith.checkpoint import Checkpoint
 from lorasmith.deltas.low_rank import read_tensor
 from lorasmith.dtypes import FLOATS, itemsize, torch_dtype
 from lorasmith.errors import AdapterMismatch, NotFinite, Unsupported, listed
-from lorasmith.naming.renamings import runtime_name
+from lorasmith.naming.conversions import runtime_names, steps_of
 from lorasmith.naming.ties import EMBEDDINGS, HEADS, gain, layer
 from lorasmith.safefile import Reader, TensorEntry, equal_bytes
 from lorasmith.structure import Structure, open_structure
@@ -112,8 +112,14 @@ def _require_one_class(base: Checkpoint, one: Structure, tuned: Checkpoint, othe
 
 
 def _named(model: Checkpoint, structure: Structure) -> dict[str, TensorEntry]:
-    """All of a model's tensors as they are called when it runs, without left-over buffers."""
-    named = {runtime_name(model.config, name): entry for name, entry in structure.tensors.items()}
+    """All of a model's tensors as they are called when it runs, without left-over buffers.
+
+    What a running model fuses or divides is called what the file calls it.
+    """
+    steps = steps_of(model.config, structure.architecture)
+    found = runtime_names(steps, list(structure.tensors))
+    names = {stored: name for name, stored in found.items() if isinstance(stored, str)}
+    named = {names.get(name, name): entry for name, entry in structure.tensors.items()}
     return {name: entry for name, entry in named.items() if not _is_left_over(name, entry)}
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorasmith.assembly import Assembly, Slot
+from lorasmith.assembly import Assembly, Slot, is_stacked
 from lorasmith.checkpoint import INDEX_SUFFIX, Checkpoint
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.dtypes import BITS, FLOATS
@@ -110,7 +110,7 @@ def index(checkpoint: Checkpoint, parts: Sequence[Part]) -> SideFile | None:
 def replaces(slot: Slot) -> bool:
     """Whether the result of a tensor's deltas is just the new tensor, bit for bit."""
     one = slot.terms[0] if len(slot.terms) == 1 else None
-    return one is not None and isinstance(one.delta, Replacement) and one.factor == 1
+    return one is not None and isinstance(one.delta, Replacement) and one.delta.taken is None and one.factor == 1
 
 
 def with_metadata(output: Output, metadata: Mapping[str, str]) -> Output:
@@ -175,6 +175,8 @@ def _is_as_before(part: Part, shard: Header) -> bool:
 def _step(place: Place, offset: int) -> Step:
     slot, entry = place.slot, place.slot.entry
     if (slot.terms and not replaces(slot)) or slot.gain != 1:
+        if slot.terms and is_stacked(slot.terms[0].delta.shape, entry):
+            entry = replace(entry, shape=slot.terms[0].delta.shape)
         return Merge(slot.name, entry, place.dtype, offset, place.nbytes, slot.terms, slot.gain)
     if slot.terms:
         entry = slot.terms[0].delta.entries[0]

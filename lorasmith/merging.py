@@ -47,6 +47,8 @@ def merge(
     seed: int | None = None,
     sign: str | None = None,
     space: str | None = None,
+    rename: Sequence[str] = (),
+    expert_layout: str | None = None,
     overwrite: bool = False,
     planned: Callable[[Plan, Resources], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -60,9 +62,12 @@ def merge(
     ``max_shard_size`` are in bytes; ``memory`` bounds the buffers, whatever the size of the model. ``tokenizer``
     says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``architecture`` names the
     result's class where an adapter brings layers that the base's has not; ``base_is_residual`` says that the base is
-    the one that the adapter's own initialisation (PiSSA and the like) has changed. ``weights`` are
-    ``REGEX=FACTOR`` for modules' names, ``method`` and what goes with it a rule other than the sum (see
-    ``lorasmith.combining``). ``planned`` is called once,
+    the one that the adapter's own initialisation (PiSSA and the like) has changed. ``rename`` are
+    ``REGEX=REPLACEMENT`` for the adapters' parameter names, where the base calls the same layers otherwise.
+    ``expert_layout`` says how factors of stacked experts are stored, against what the adapter's config says: ``peft``
+    (0.19.1 and later), ``peft-0.19.0``, ``peft-0.18`` (and before) or ``unsloth`` (with the columns of B that belong to
+    one expert together). ``weights`` are ``REGEX=FACTOR`` for modules' names, ``method`` and what goes with it a rule
+    other than the sum (see ``lorasmith.combining``). ``planned`` is called once,
     before anything is written: raise in it to stop there. ``progress`` is called about ten times a second. Both are
     called from the calling thread.
 
@@ -89,6 +94,8 @@ def merge(
         seed=seed,
         sign=sign,
         space=space,
+        rename=rename,
+        expert_layout=expert_layout,
         overwrite=overwrite,
     )
     budget = _budget(plan_, memory, threads)
@@ -129,6 +136,8 @@ def plan(
     seed: int | None = None,
     sign: str | None = None,
     space: str | None = None,
+    rename: Sequence[str] = (),
+    expert_layout: str | None = None,
     overwrite: bool = False,
 ) -> Plan:
     """Everything ``merge`` would do with these arguments, having checked all that can be known before writing.
@@ -156,6 +165,8 @@ def plan(
         base_is_residual=base_is_residual,
         method=rule,
         weights=tuple(weights),
+        renames=(rename,) if isinstance(rename, str) else tuple(rename),
+        expert_layout=expert_layout,
     )
     read = weigh_modules([one.read() for one in given], given, weights)
     return build_plan(checkpoint, [(adapter, one.weight) for adapter, one in zip(read, given, strict=True)], options)

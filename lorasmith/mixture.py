@@ -22,6 +22,7 @@ from lorasmith.combining import LINEAR, Method
 from lorasmith.combining.combined import Combined, Source, draw_name
 from lorasmith.deltas import Delta
 from lorasmith.deltas.addition import Addition
+from lorasmith.deltas.experts import Stacked
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.deltas.token_rows import TokenRows
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
@@ -148,7 +149,7 @@ def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound]:
         return {}
     structure = open_structure(base, [adapter for adapter, _ in adapters], None)
     bindings = [planning.bind(base, structure, adapter, planning.Options()) for adapter, _ in adapters]
-    found = {id(one.source): one for binding in bindings for one in binding.bound}
+    found = {id(one.source): one for binding in bindings for one in binding.bound if one.is_whole}
     names: dict[str, tuple[str, str]] = {}
     for adapter, _ in adapters:
         for source in adapter.deltas:
@@ -225,6 +226,12 @@ def _module(
     biases: tuple[tuple[Addition, float], ...],
     bound: Mapping[int, Bound],
 ) -> Module:
+    for position, source, _ in some:
+        if isinstance(source.delta, Stacked):
+            raise Unsupported(
+                f"{adapters[position][0].path}: {source.tensors[0]!r} is for stacked experts (target_parameters), that "
+                f"cannot be mixed yet. {_MERGE}"
+            )
     sites = [site_of(adapters[position][0], source) for position, source, _ in some]
     for (position, source, _), site in zip(some, sites, strict=True):
         if site != sites[0]:

@@ -1,6 +1,6 @@
 """Headers and matched adapters in, a Plan out: everything is decided and refused here, before a byte is written.
 
-    1. every delta finds its tensor and is turned the way that is stored               (structure, naming, bind)
+    1. every delta finds its tensor and is turned the way that is stored               (structure, naming, placing)
     2. deltas of one tensor are gathered; what cannot be right is refused              (assembly)
     3. tensors are laid out into files, each byte of which gets one step               (layout)
     4. side files, provenance and the hash                                             (sidefiles, recipe)
@@ -27,11 +27,13 @@ from lorasmith.checkpoint import Checkpoint
 from lorasmith.combining import LINEAR, Method
 from lorasmith.combining.combined import combine_terms
 from lorasmith.deltas import Delta
+from lorasmith.deltas.experts import Stacked
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.deltas.token_rows import TokenRows
 from lorasmith.dtypes import BY_OPTION, FLOATS
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
 from lorasmith.naming.ties import EMBEDDINGS, HEADS, layer
+from lorasmith.placing import LAYOUTS, describe, laid_out, matrix, place, told_by_shape
 from lorasmith.recipe import plan_hash, recipe
 from lorasmith.records import AdapterUse, Convert, Merge, Output, Plan, SideFile, TargetGroup
 from lorasmith.safefile import TensorEntry
@@ -57,6 +59,8 @@ class Options:
     base_is_residual: bool = False
     method: Method = LINEAR
     weights: tuple[str, ...] = ()
+    renames: tuple[str, ...] = ()
+    expert_layout: str | None = None
 
 
 def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], options: Options) -> Plan:
@@ -68,6 +72,8 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         raise BadOption("no adapter was given: lorasmith merge BASE ADAPTER... -o OUT")
     if options.dtype != "keep" and options.dtype not in BY_OPTION:
         raise BadOption(f"dtype {options.dtype!r} is not one of keep, {', '.join(BY_OPTION)}")
+    if options.expert_layout is not None and options.expert_layout not in LAYOUTS:
+        raise BadOption(f"expert layout {options.expert_layout!r} is not one of {', '.join(LAYOUTS)}")
     dtype = BY_OPTION.get(options.dtype)
     if not options.base_is_residual:
         refuse_residual(
@@ -211,31 +217,78 @@ class Binding:
     heads: tuple[ModuleDelta, ...]
     tensors_used: int
     unmatched: tuple[str, ...]
+    placed: Mapping[tuple[str, str], str]
 
 
 def bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, options: Options) -> Binding:
     """Find every delta of an adapter its tensor, and turn it the way that is stored."""
-    matched, left = naming.match(adapter, structure.tensors, checkpoint, allow_unmatched=options.allow_unmatched)
+    matched, left = naming.match(
+        adapter,
+        structure.tensors,
+        checkpoint,
+        renames=options.renames,
+        allow_unmatched=options.allow_unmatched,
+    )
     heads = tuple(one for one in left if one.may_be_new)
     grown = _grown(structure, matched)
-    bound = []
+    bound: list[Bound] = []
+    turned = told_by_shape(matched)
     for one in matched:
-        delta = one.source.delta
-        flipped = not one.source.stored_as_base and _is_flipped(checkpoint, adapter, one)
-        if flipped:
-            delta = delta.transposed()
-        now = replace(one, target=grown.get(one.target.name, one.target))
-        if isinstance(delta, TokenRows):
-            delta = _on(adapter, now, delta)
-        _require_fit(adapter, now, delta)
-        bound.append(Bound(one.target, one.source, delta, flipped))
+        if one.view.is_stored and not isinstance(one.source.delta, Stacked):
+            bound.append(_bind_whole(checkpoint, adapter, one, grown))
+        else:
+            bound += _bind_parts(checkpoint, adapter, one, options.expert_layout, turned)
     used = [*(one.source for one in matched), *heads]
     return Binding(
         tuple(bound),
         heads,
         sum(len(one.tensors) for one in used) + len(adapter.ignored),
         tuple(name for one in left if not one.may_be_new for name in one.tensors),
+        {(one.source.module, one.source.parameter): describe(one) for one in matched},
     )
+
+
+def _bind_whole(
+    checkpoint: Checkpoint, adapter: Adapter, match: naming.Match, grown: Mapping[str, TensorEntry]
+) -> Bound:
+    """A delta on a parameter that is a tensor of the base."""
+    delta = match.source.delta
+    flipped = not match.source.stored_as_base and _is_flipped(checkpoint, adapter, match)
+    if flipped:
+        delta = delta.transposed()
+    target = grown.get(match.target.name, match.target)
+    if isinstance(delta, TokenRows):
+        delta = _on(adapter, target, delta)
+    _require_fit(adapter, match, target, delta)
+    return Bound(match.target, match.source, delta, flipped)
+
+
+def _bind_parts(
+    checkpoint: Checkpoint, adapter: Adapter, match: naming.Match, layout: str | None, turned: bool | None
+) -> Iterator[Bound]:
+    """A delta on a parameter that is several tensors of the base, or a part of one."""
+    delta, name = match.source.delta, match.source.tensors[0]
+    if isinstance(delta, Stacked) and delta.count == 1 and len(match.view.shape) == 2:
+        delta = delta.expert(0)
+    rows, columns = matrix(match.view, delta)
+    if isinstance(delta, Stacked):
+        delta = laid_out(adapter, match, layout, checkpoint.config, turned)
+    if isinstance(delta, TokenRows):
+        delta = replace(delta, shape=(rows, delta.shape[1]))
+    if delta.shape != (rows, columns):
+        raise AdapterMismatch(
+            f"{adapter.path}: the delta for {match.source.module}.{match.source.parameter} has shape "
+            f"{list(delta.shape)} and what the base has for it {list(match.view.shape)} ({name}); the adapter was "
+            "trained on another model or size"
+        )
+    try:
+        for entry, part in place(match.view, delta):
+            _require_float(entry)
+            yield Bound(entry, match.source, part, is_whole=False)
+    except NotImplementedError as error:
+        raise Unsupported(
+            f"{adapter.path}: {name!r} would be divided between several weights, which cannot be done with {error}"
+        ) from None
 
 
 def _grown(structure: Structure, matched: Sequence[naming.Match]) -> dict[str, TensorEntry]:
@@ -244,7 +297,9 @@ def _grown(structure: Structure, matched: Sequence[naming.Match]) -> dict[str, T
     rows: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     for one in sorted(matched, key=lambda one: len(one.target.shape), reverse=True):
         new, old = one.source.delta.entries[0], one.target
-        if not isinstance(one.source.delta, Replacement) or new.shape == old.shape or new.shape[1:] != old.shape[1:]:
+        if not one.view.is_stored or not isinstance(one.source.delta, Replacement):
+            continue
+        if new.shape == old.shape or new.shape[1:] != old.shape[1:]:
             continue
         labels = one.source.may_be_new and LABELS.search(old.name)
         tokens = layer(old.name) in EMBEDDINGS + HEADS or (old.shape[:1], new.shape[:1]) in rows
@@ -259,13 +314,13 @@ def _grown(structure: Structure, matched: Sequence[naming.Match]) -> dict[str, T
     return grown
 
 
-def _on(adapter: Adapter, match: naming.Match, delta: TokenRows) -> TokenRows:
+def _on(adapter: Adapter, target: TensorEntry, delta: TokenRows) -> TokenRows:
     """Token rows on the weight that they are rows of."""
-    rows = match.target.matrix[0]
+    rows = target.matrix[0]
     beyond = [token for token in delta.tokens if token >= rows]
     if beyond:
         raise AdapterMismatch(
-            f"{adapter.path}: {delta.new.name!r} has a row for token {beyond[0]}, but {match.target.name!r} has only "
+            f"{adapter.path}: {delta.new.name!r} has a row for token {beyond[0]}, but {target.name!r} has only "
             f"{rows}; the adapter was trained on a larger vocabulary: save it with save_embedding_layers=True"
         )
     return replace(delta, shape=(rows, delta.shape[1]))
@@ -286,10 +341,8 @@ def _is_flipped(checkpoint: Checkpoint, adapter: Adapter, match: naming.Match) -
     return foreign and bool(adapter.fan_in_fan_out)
 
 
-def _require_fit(adapter: Adapter, match: naming.Match, delta: Delta) -> None:
-    target = match.target
-    if target.dtype not in FLOATS:
-        raise Unsupported(f"the base stores {target.name!r} as {target.dtype}, to which no delta can be added")
+def _require_fit(adapter: Adapter, match: naming.Match, target: TensorEntry, delta: Delta) -> None:
+    _require_float(target)
     stored = delta.entries[0].shape
     rows, columns = delta.shape
     shape = (rows, columns // max(1, prod(stored[2:])), *stored[2:])[: len(stored)]
@@ -298,6 +351,11 @@ def _require_fit(adapter: Adapter, match: naming.Match, delta: Delta) -> None:
             f"{adapter.path}: the delta for {target.name!r} has shape {list(shape)} and the base tensor "
             f"{list(target.shape)} ({match.source.tensors[0]}); the adapter was trained on another model or size"
         )
+
+
+def _require_float(target: TensorEntry) -> None:
+    if target.dtype not in FLOATS:
+        raise Unsupported(f"the base stores {target.name!r} as {target.dtype}, to which no delta can be added")
 
 
 # ---------------------------------------------------------------------------------------------- 3. what to tell
@@ -324,13 +382,17 @@ def _use(adapter: Adapter, weight: float, binding: Binding) -> AdapterUse:
 
 def _targets(bindings: Sequence[Binding]) -> Iterator[TargetGroup]:
     for position, binding in enumerate(bindings):
-        groups: dict[tuple[str, str], list[Delta]] = {}
-        found = [(one.source.module, one.delta) for one in binding.bound]
-        for module, delta in [*found, *((one.module, one.delta) for one in binding.heads)]:
-            groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module), delta.kind), []).append(delta)
-        for (target, kind), deltas in groups.items():
-            ranks, scales = [delta.rank for delta in deltas], [delta.scale for delta in deltas]
-            yield TargetGroup(position, target, kind, len(deltas), (min(ranks), max(ranks)), (min(scales), max(scales)))
+        groups: dict[tuple[str, str], dict[tuple[str, str], Delta]] = {}
+        found = [(one.source, one.delta) for one in binding.bound]
+        for source, delta in [*found, *((one, one.delta) for one in binding.heads)]:
+            name = source.module if source.parameter in ("weight", "bias") else f"{source.module}.{source.parameter}"
+            group = groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), delta.kind), {})
+            group.setdefault((source.module, source.parameter), delta)
+        for (target, kind), members in groups.items():
+            ranks, scales = [one.rank for one in members.values()], [one.scale for one in members.values()]
+            placed = next((text for key in members if (text := binding.placed.get(key, ""))), "")
+            spans = (min(ranks), max(ranks)), (min(scales), max(scales))
+            yield TargetGroup(position, target, kind, len(members), *spans, placed)
 
 
 def _notes(structure: Structure, bindings: Sequence[Binding]) -> Iterator[str]:

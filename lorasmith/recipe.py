@@ -6,6 +6,7 @@ Neither knows a path or a time: equal runs on different machines write equal byt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -63,10 +64,17 @@ def _facts(value: Any) -> Any:
     """Steps, their deltas and tensors as JSON types, without the folders that files are in."""
     if isinstance(value, TensorEntry):
         return [_file(value.file), value.name, value.dtype, value.shape, value.start]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        facts = [_facts(getattr(value, one.name)) for one in dataclasses.fields(value)]
-        return [type(value).__name__, *facts]
-    return [_facts(one) for one in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_facts(one) for one in value]
+    kind: type = type(value)
+    names = _field_names(kind)
+    return value if names is None else [type(value).__name__, *(_facts(getattr(value, name)) for name in names)]
+
+
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """The fields of a dataclass; None for any other type."""
+    return tuple(one.name for one in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
 
 
 def _file(path: str) -> str:

@@ -107,7 +107,10 @@ class SideFile:
 
 @dataclass(frozen=True)
 class TargetGroup:
-    """The modules of one kind (numbers in their names replaced by ``*``) and what an adapter does to them."""
+    """The modules of one kind (numbers in their names replaced by ``*``) and what an adapter does to them.
+
+    ``placed`` says what the base has for them, where it is not a tensor of that name.
+    """
 
     adapter: int
     target: str
@@ -115,6 +118,7 @@ class TargetGroup:
     count: int
     rank: tuple[int, int]
     scale: tuple[float, float]
+    placed: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from lorasmith.adapter import Adapter
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported
-from lorasmith.naming.renamings import runtime_name
+from lorasmith.naming.conversions import runtime_names, steps_of
 from lorasmith.naming.ties import ties_of, with_head
 from lorasmith.safefile import TensorEntry
 
@@ -116,7 +116,10 @@ def _stored_ties(
     A base that was saved without its head lacks the first word of names. None where a class ties tensors and the
     checkpoint has neither of their names.
     """
-    names = {runtime_name(checkpoint.config, name): name for name in stored}
+    own = checkpoint.config.get("architectures")
+    of_base = own[0] if isinstance(own, list) and own and isinstance(own[0], str) else architecture
+    steps = steps_of(checkpoint.config, of_base)
+    names = {name: source for name, source in runtime_names(steps, list(stored)).items() if isinstance(source, str)}
     pairs = ties_of(checkpoint.config, architecture, list(names))
     if not pairs:
         return None if pairs is None else {}

@@ -519,6 +519,31 @@ def test_options_reach_the_merge(room: Path) -> None:
     )
 
 
+def test_renames_apply_one_after_the_other(room: Path) -> None:
+    file = room / "other" / "adapter_model.safetensors"
+    save_file({name.replace("self_attn.q_proj", "attn.q"): one for name, one in load_file(file).items()}, file)
+    failed = run("merge", "base", "other", "-o", "out", code=1)
+    assert "--rename" in failed.stderr
+    assert "Nearest to model.layers.0.attn.q.weight" in failed.stderr
+    run("merge", "base", "other", "-o", "out", "-q", "--rename", r"\battn\.=self_attn.", "--rename", r"\.q\.=.q_proj.")
+    shutil.copytree(room / "out", room / "renamed")
+    shutil.rmtree(room / "out")
+    save_file({name.replace("attn.q.", "self_attn.q_proj."): one for name, one in load_file(file).items()}, file)
+    run("merge", "base", "other", "-o", "out", "-q")
+    assert same(weights(room / "renamed"), weights(room / "out"))
+
+
+def test_a_plan_shows_where_layers_go_that_the_base_has_under_other_names(room: Path) -> None:
+    file = room / "adapter" / "adapter_model.safetensors"
+    save_file(
+        {name.replace("model.layers", "language_model.layers"): one for name, one in load_file(file).items()}, file
+    )
+    shown = run(*MERGE, "--dry-run").stdout
+    assert re.search(
+        r"language_model\.layers\.\*\.mlp\.up_proj +LoRA .*→ model\.layers\.\*\.mlp\.up_proj\.weight", shown
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_dtype_converts(room: Path, dtype: str) -> None:
     assert "14 merged" in run(*MERGE, "--dtype", dtype).stdout

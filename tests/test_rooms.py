@@ -37,6 +37,7 @@ ROOMS = (
     "crosstalk",
     "sketching",
     "lowrank",
+    "placing",
     "naming",
     "formats",
     "adapter",

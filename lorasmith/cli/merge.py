@@ -13,6 +13,8 @@ import click
 from lorasmith.cli.output import Output, output_options
 from lorasmith.combining import METHODS, SIGNS, SPACES
 
+LAYOUTS = ["peft", "peft-0.19.0", "peft-0.18", "unsloth"]
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -77,6 +79,8 @@ def rule_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--architecture", metavar="NAME", help="The result's class, if an adapter brings layers of another one.")
 @click.option("--base-is-residual", is_flag=True, help="The base is the one that PiSSA, OLoRA and the like have left.")
 @rule_options
+@click.option("--rename", metavar="REGEX=REPLACEMENT", multiple=True, help="Change the adapter's names.  [repeatable]")
+@click.option("--expert-layout", type=click.Choice(LAYOUTS), help="How an adapter stores factors of stacked experts.")
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @output_options

@@ -267,15 +267,15 @@ def _adapter_lines(uses: Sequence[AdapterUse]) -> Iterator[str]:
 
 
 def _target_lines(targets: Sequence[TargetGroup], *, several: bool) -> Iterator[str]:
-    rows = [("target", "kind", "modules", "rank", "scale")]
+    rows = [("target", "kind", "modules", "rank", "scale", "")]
     for one in targets:
         name = f"[{one.adapter + 1}] {one.target}" if several else one.target
-        rows.append((name, one.kind, str(one.count), _span(one.rank), _span(one.scale)))
+        rows.append((name, one.kind, str(one.count), _span(one.rank), _span(one.scale), one.placed))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
         cells += [row[column].rjust(widths[column]) for column in (2, 3, 4)]
-        yield "  " + "  ".join(cells)
+        yield ("  " + "  ".join([*cells, row[5]])).rstrip()
 
 
 def _mix_lines(report: MixReport, done: str) -> Iterator[str]:

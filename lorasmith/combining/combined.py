@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lorasmith.adapter import ModuleDelta
     from lorasmith.deltas import Blocks, OpenDelta
+    from lorasmith.deltas.axis import Axis
 
 _HALVES = 1 << 16
 
@@ -86,6 +87,13 @@ class Combined:
         )
         return Combined(self.method, sources)
 
+    def part(self, rows: Axis | None = None, columns: Axis | None = None) -> Combined:
+        """The whole; what is kept of a part depends on the rest."""
+        for axis, length in zip((rows, columns), self.shape, strict=True):
+            if axis is not None and not axis.is_whole(length):
+                raise NotImplementedError("a part of a combination")
+        return self
+
     def low_rank(self) -> None:
         return None
 
@@ -124,7 +132,7 @@ def combine_terms(terms: Sequence[Term], method: Method, digests: Sequence[str],
             tuple((one.delta, one.factor / some[0].factor) for one in some),
             some[0].factor,
             digests[adapter],
-            some[0].name if len(some) == 1 else tensor.removesuffix(".weight"),
+            (len(some) == 1 and some[0].name) or tensor.removesuffix(".weight"),
             len(some) == 1 and some[0].flipped,
         )
         for adapter, some in sources.items()

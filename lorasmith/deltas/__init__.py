@@ -7,6 +7,10 @@ can be summed in any order and each can be weighted, whatever it is. Opened, it 
     opened = delta.open(torch.float32, blocks)
     opened.add_to(acc, w0, rows, factor)        acc[:] += factor · ΔW[rows]
 
+A layer that a model fuses may be stored in pieces, and the other way round: ``part`` gives a delta on some rows and
+columns of its weight, ``patchwork`` puts deltas on parts of a larger one. For a product these are rows and columns of
+its factors.
+
 Additive low-rank deltas of one weight become one product (``low_rank.stack``). A delta that reads the base says
 so (``needs_base``); one whose rows depend on each other asks for blocks of a multiple of ``alignment`` rows, and
 one that must see the whole weight first (column norms) reads it, block by block, when it is opened.
@@ -20,10 +24,11 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from lorasmith.deltas.axis import Axis
     from lorasmith.deltas.low_rank import LowRank
     from lorasmith.safefile import TensorEntry
 
-    Blocks = Callable[[], Iterator[tuple[slice, torch.Tensor]]]
+    Blocks = Callable[..., Iterator[tuple[slice, torch.Tensor]]]
 
 
 class OpenDelta(Protocol):
@@ -68,6 +73,12 @@ class Delta(Protocol):
     def transposed(self) -> Delta:
         """The same effect on a weight that is stored the other way round."""
 
+    def part(self, rows: Axis | None = None, columns: Axis | None = None) -> Delta:
+        """The effect on some rows and columns of the weight, in that order; all of them where None.
+
+        NotImplementedError where the rest of the weight bears on it.
+        """
+
     def low_rank(self) -> LowRank | None:
         """The delta as exact factors, or None where it is not a product."""
 
@@ -75,4 +86,8 @@ class Delta(Protocol):
         """Bytes that ``open`` and adding blocks of that many rows take."""
 
     def open(self, dtype: torch.dtype, blocks: Blocks) -> OpenDelta:
-        """Read what every row needs, in the dtype of the sum; ``blocks()`` walks over the base's rows."""
+        """Read what every row needs, in the dtype of the sum.
+
+        ``blocks()`` walks over the base's rows, ``blocks(start, stop)`` over those from ``start`` to ``stop`` and
+        what else is in their blocks.
+        """

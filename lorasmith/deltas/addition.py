@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorasmith.deltas.axis import Axis
 from lorasmith.deltas.low_rank import Factor, beside
 from lorasmith.safefile import Reader, TensorEntry
 
@@ -36,6 +37,9 @@ class Addition:
 
     def transposed(self) -> Addition:
         return Addition(self.stored.transposed(), self.scale)
+
+    def part(self, rows: Axis | None = None, columns: Axis | None = None) -> Addition:
+        return Addition(self.stored.part(rows, columns), self.scale)
 
     def low_rank(self) -> None:
         return None

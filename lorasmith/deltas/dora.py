@@ -9,8 +9,10 @@ norms of its columns take a pass of their own. So they do in an embedding, whose
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
+from lorasmith.deltas.axis import Axis, span
 from lorasmith.deltas.low_rank import Factor, LowRank, beside
 from lorasmith.safefile import Reader, TensorEntry
 
@@ -22,11 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dora:
-    """The direction's update and the magnitudes, one per row (``by_column``: one per column)."""
+    """The direction's update and the magnitudes, one per row (``by_column``: one per column).
+
+    ``outputs`` are those of the stored magnitudes that are meant, in their order, where it is not all of them.
+    """
 
     direction: LowRank
     magnitude: TensorEntry
     by_column: bool = False
+    outputs: Axis | None = None
 
     kind = "DoRA"
     alignment = 1
@@ -49,7 +55,18 @@ class Dora:
         return (*self.direction.entries, self.magnitude)
 
     def transposed(self) -> Dora:
-        return Dora(self.direction.transposed(), self.magnitude, not self.by_column)
+        return replace(self, direction=self.direction.transposed(), by_column=not self.by_column)
+
+    def part(self, rows: Axis | None = None, columns: Axis | None = None) -> Dora:
+        """Some outputs, whole: a norm runs over all inputs. NotImplementedError for some of the inputs."""
+        wanted, inputs = (columns, rows) if self.by_column else (rows, columns)
+        height, width = self.shape[::-1] if self.by_column else self.shape
+        if inputs is not None and not inputs.is_whole(width):
+            raise NotImplementedError("DoRA on some of a weight's inputs")
+        if wanted is None:
+            return self
+        outputs = (self.outputs or span(0, height)).of(wanted)
+        return replace(self, direction=self.direction.part(rows, columns), outputs=outputs)
 
     def low_rank(self) -> None:
         return None
@@ -68,7 +85,8 @@ class _OpenDora:
         reader = Reader(delta.magnitude.file)
         try:
             outputs = delta.shape[1] if delta.by_column else delta.shape[0]
-            magnitude = Factor(replace(delta.magnitude, shape=(outputs,)))  # PEFT has (1, out, 1, 1) for a convolution
+            shape = (prod(delta.magnitude.shape),)  # PEFT has (1, out, 1, 1) for a convolution
+            magnitude = Factor(replace(delta.magnitude, shape=shape), rows=delta.outputs)
             self._magnitude = magnitude.read(reader, slice(0, outputs), dtype)
         finally:
             reader.close()

@@ -11,9 +11,11 @@ inputs of group j. BD-LoRA, where A or B is ``block_diag`` of what is stored, ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lorasmith.deltas.axis import Axis, span
 from lorasmith.dtypes import itemsize, torch_dtype
 from lorasmith.safefile import Reader, TensorEntry
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
     from lorasmith.deltas import Blocks, OpenDelta
 
+_CHUNK = 1 << 20
+"""Bytes of a factor that are held while single rows or columns are taken of it."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -29,21 +34,26 @@ class Factor:
 
     ``spread`` says that the stored rows are that many blocks, which lie on the diagonal of the matrix and have zeros
     beside them. ``diagonal`` is the way back: of as many blocks of rows as of columns, the matrix has only those on
-    the diagonal, one below the other.
+    the diagonal, one below the other. ``rows`` and ``columns`` are what is taken of the result, in that order, before
+    it is flipped.
     """
 
     entry: TensorEntry
     flipped: bool = False
     spread: int = 1
     diagonal: int = 1
+    rows: Axis | None = None
+    columns: Axis | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self._unflipped
+        rows, columns = self._whole
+        rows = rows if self.rows is None else len(self.rows)
+        columns = columns if self.columns is None else len(self.columns)
         return (columns, rows) if self.flipped else (rows, columns)
 
     @property
-    def _unflipped(self) -> tuple[int, int]:
+    def _whole(self) -> tuple[int, int]:
         rows, columns = self.entry.matrix
         return rows, columns * self.spread // self.diagonal
 
@@ -54,18 +64,42 @@ class Factor:
     def transposed(self) -> Factor:
         return replace(self, flipped=not self.flipped)
 
+    def part(self, rows: Axis | None = None, columns: Axis | None = None) -> Factor:
+        """Some rows and columns of the matrix."""
+        if self.flipped:
+            rows, columns = columns, rows
+        own_rows, own_columns = (
+            axis if axis is not None else span(0, length)
+            for axis, length in zip((self.rows, self.columns), self._whole, strict=True)
+        )
+        return replace(
+            self,
+            rows=self.rows if rows is None else _unless_whole(own_rows.of(rows), self._whole[0]),
+            columns=self.columns if columns is None else _unless_whole(own_columns.of(columns), self._whole[1]),
+        )
+
     def memory(self, rows: int) -> int:
         """Bytes that reading so many rows takes, the result among them, for a result of 4 bytes an element."""
         height, width = self.entry.matrix
         size, result = itemsize(self.entry.dtype), 4 * rows * self.shape[1]
-        if self._blocks == 1:
-            return rows * self.shape[1] * size + result * (2 if self.flipped else 1)
-        if self.flipped:
-            return height * width * (size + 4) + 4 * height * self._unflipped[1] + result
-        return rows * width * (size + 4) + result
+        if self._blocks > 1:
+            taken = 8 * (height + self._whole[1]) + 4 * height * self._whole[1] if self._is_part else 0
+            if self.flipped or self._is_part:
+                return height * width * (size + 4) + 4 * height * self._whole[1] + 2 * result + taken
+            return rows * width * (size + 4) + result
+        if self._is_part:
+            chunk = min(height, max(1, _CHUNK // max(1, width * size))) * width * size
+            return chunk + 2 * rows * self.shape[1] * size + 2 * result + 16 * (height + width)
+        return rows * self.shape[1] * size + result * (2 if self.flipped else 1)
+
+    @property
+    def _is_part(self) -> bool:
+        return self.rows is not None or self.columns is not None
 
     def read(self, reader: Reader, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the matrix as a contiguous tensor of ``dtype``."""
+        if self._is_part:
+            return self._taken(reader, rows, dtype)
         if self._blocks > 1:
             return self._arranged(reader, rows, dtype)
         if not self.flipped:
@@ -80,11 +114,48 @@ class Factor:
             self._columns(reader, block, rows.start)
         return block.t().to(dtype).contiguous()
 
+    def _taken(self, reader: Reader, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of a matrix of which only a part is taken."""
+        height, width = self._whole
+        high, wide = (self.rows or span(0, height)), (self.columns or span(0, width))
+        some, across = slice(0, len(high)), slice(0, len(wide))
+        if self.flipped:
+            across = rows
+        else:
+            some = rows
+        if self._blocks > 1:
+            whole = replace(self, flipped=False, rows=None, columns=None)._arranged(reader, slice(0, height), dtype)
+            block = _picked(_picked(whole, 0, high.part(some)), 1, wide.part(across))
+        else:
+            block = self._chosen(reader, high.part(some), wide.part(across))
+        return (block.t() if self.flipped else block).to(dtype).contiguous()
+
+    def _chosen(self, reader: Reader, rows: Sequence[int], columns: Sequence[int]) -> torch.Tensor:
+        """Single rows and columns; of what lies between wanted rows, only a little is held at a time."""
+        import torch
+
+        width = self.entry.matrix[1]
+        block = torch.empty(len(rows), len(columns), dtype=torch_dtype(self.entry.dtype))
+        height = max(1, _CHUNK // max(1, width * itemsize(self.entry.dtype)))
+        if isinstance(rows, range) and rows.step == 1:
+            for first in range(rows.start, rows.stop, height):
+                stored = self._stored(reader, first, min(rows.stop, first + height))
+                block[first - rows.start :][: len(stored)] = _picked(stored, 1, columns)
+            return block
+        wanted = torch.tensor(rows)
+        for first in range(min(rows, default=0), max(rows, default=-1) + 1, height):
+            here = ((wanted >= first) & (wanted < first + height)).nonzero().squeeze(1)
+            if len(here):
+                last = int(wanted[here].max()) + 1
+                stored = _picked(self._stored(reader, first, last), 1, columns)
+                block[here] = stored[wanted[here] - first]
+        return block
+
     def _arranged(self, reader: Reader, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Rows of a matrix whose blocks are not where they are stored."""
         import torch
 
-        (height, width), columns = self.entry.matrix, self._unflipped[1]
+        (height, width), columns = self.entry.matrix, self._whole[1]
         first, last = (0, height) if self.flipped else (rows.start, rows.stop)
         stored = self._stored(reader, first, last).to(dtype)
         matrix = torch.zeros(last - first, columns, dtype=dtype)
@@ -109,6 +180,20 @@ class Factor:
         size, columns = itemsize(self.entry.dtype), self.entry.matrix[1]
         for row in range(block.shape[0]):
             read_tensor(reader, block[row], self.entry.start + (row * columns + first) * size)
+
+
+def _unless_whole(axis: Axis, length: int) -> Axis | None:
+    return None if axis.is_whole(length) else axis
+
+
+def _picked(block: torch.Tensor, dim: int, which: Sequence[int]) -> torch.Tensor:
+    """Rows (``dim`` 0) or columns of a block: a view where they are evenly spaced."""
+    import torch
+
+    if isinstance(which, range):
+        cut = slice(which.start, which.stop, which.step)
+        return block[cut] if dim == 0 else block[:, cut]
+    return block.index_select(dim, torch.tensor(which))
 
 
 def read_tensor(reader: Reader, tensor: torch.Tensor, offset: int) -> None:
@@ -164,6 +249,12 @@ class LowRank:
         return LowRank(
             tuple(Product(one.right.transposed(), one.left.transposed(), one.coefficient) for one in self.products)
         )
+
+    def part(self, rows: Axis | None = None, columns: Axis | None = None) -> LowRank:
+        products = (
+            Product(one.left.part(rows=rows), one.right.part(columns=columns), one.coefficient) for one in self.products
+        )
+        return LowRank(tuple(products))
 
     def low_rank(self) -> LowRank:
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorasmith.deltas.axis import Axis
 from lorasmith.deltas.low_rank import Factor, beside
 from lorasmith.safefile import Reader, TensorEntry
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Row ``i`` of ``new`` takes the place of row ``tokens[i]`` of a weight of ``shape``."""
+    """Row ``i`` of ``new`` takes the place of row ``tokens[i]`` of a weight of ``shape``; of none where that is −1."""
 
     new: TensorEntry
     tokens: tuple[int, ...]
@@ -38,6 +39,16 @@ class TokenRows:
     def transposed(self) -> TokenRows:
         """Token rows are stored the way the base stores its rows."""
         return self
+
+    def part(self, rows: Axis | None = None, columns: Axis | None = None) -> TokenRows:
+        """Some of the rows; a token without its row there changes nothing."""
+        if columns is not None and not columns.is_whole(self.shape[1]):
+            raise NotImplementedError("token rows on some of a weight's columns")
+        if rows is None:
+            return self
+        places = {row: place for place, row in enumerate(rows.part(slice(0, len(rows))))}
+        tokens = tuple(places.get(token, -1) for token in self.tokens)
+        return TokenRows(self.new, tokens, (len(rows), self.shape[1]))
 
     def low_rank(self) -> None:
         return None

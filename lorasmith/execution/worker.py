@@ -128,9 +128,11 @@ class Worker:
         self._opened_step, self._opened = None, []
         dtype = self._sum_dtype(step)
 
-        def base() -> Iterator[tuple[slice, torch.Tensor]]:
-            for rows in blocks(step, 0, grid(step)[0]):
-                yield rows, self._read_rows(step, rows).to(self._device, dtype)
+        def base(start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+            first = start - start % block_rows(step)
+            use = "walked" if self._opened_step is step else "stored"  # which holds a block once these are computed
+            for rows in blocks(step, first, grid(step)[0] if stop is None else stop):
+                yield rows, self._read_rows(step, rows, use).to(self._device, dtype)
 
         self._opened = [(term.delta.open(dtype, base), term.factor) for term in _stacked(step.terms)]
         self._opened_step = step

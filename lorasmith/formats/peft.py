@@ -22,6 +22,7 @@ from lorasmith.dtypes import FLOATS
 from lorasmith.errors import AdapterMismatch, BadFile, Unsupported, listed
 from lorasmith.formats.factors import BIAS, Parts, read_modules
 from lorasmith.formats.scales import Scales
+from lorasmith.formats.stacks import read_stacks, without_factors
 from lorasmith.jsonfile import parse_json, read_json
 from lorasmith.safefile import Header, TensorEntry, equal_bytes
 
@@ -43,9 +44,7 @@ REFUSED_OPTIONS = {
     "alora_invocation_tokens": "aLoRA (active only after its invocation tokens, so it cannot be merged)",
     "arrow_config": "Arrow routing (chosen per token, so it cannot be merged)",
     "kasa_config": "KaSA",
-    "target_parameters": "target_parameters (expert weights)",
     "megatron_config": "Megatron parallel layers",
-    "lora_B_layout": "Unsloth's expert layout",
 }
 """Options of a LoraConfig that change what the tensors mean and are not merged yet, by what to call them."""
 
@@ -58,7 +57,7 @@ KNOWN_OPTIONS = frozenset((
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora",
     "use_rslora",
     "velora_config", "inner_lora_dropout", "train_mlp", "train_attn", "train_unembed", "merge_weights",
-    "enable_lora", "lora_bias", "use_bdlora",
+    "enable_lora", "lora_bias", "lora_B_layout", "target_parameters", "use_bdlora",
 )) | frozenset(REFUSED_OPTIONS)  # fmt: skip
 
 
@@ -78,7 +77,8 @@ def read(path: str, header: Header) -> Adapter:
     modules, others, ignored = _sort_tensors(header)
     _require_magnitudes(where, config, modules)
     scales = Scales(where, config, known=config_source is not None)
-    deltas = list(read_modules(header.file, where, modules, scales, config))
+    deltas = read_stacks(header.file, where, modules, scales, config)
+    deltas += read_modules(header.file, where, modules, scales, config)
     rows = [name for name in others if name.endswith(TOKEN_ROWS)]
     whole = [_replacement(config, name, entry, rows) for name, entry in others.items()]
     deltas += _distinct(header.file, sorted(whole, key=lambda one: not one.shared))
@@ -96,7 +96,7 @@ def read(path: str, header: Header) -> Adapter:
         scale_assumed=scales.assumed,
         residual=_residual(config),
         side_files=_side_files(path),
-        warnings=(*scales.unsure, *_unknown(where, config)),
+        warnings=(*scales.unsure, *without_factors(where, config, deltas), *_unknown(where, config)),
         metadata=header.metadata,
     )
 

@@ -55,6 +55,12 @@ class Scales:
             )
         return ours / math.sqrt(rank) if self._rslora else ours / rank
 
+    def rank(self, module: str, rows: int) -> int:
+        """The rank of a stack of ``rows``: the config's, or all of the rows where nothing is known."""
+        if not self._known:
+            return rows
+        return int(next(iter(self._lookup(self._ranks, module).values()), self._r))
+
     def _lookup(self, patterns: Mapping[Pattern, float], module: str) -> dict[str, float]:
         """The patterns that match, in their order."""
         return {pattern.text: value for pattern, value in patterns.items() if pattern.matches(module)}
