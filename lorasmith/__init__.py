@@ -20,7 +20,10 @@ if TYPE_CHECKING:
         AdapterMismatch,
         BadFile,
         BadOption,
+        BranchMoved,
         BudgetTooSmall,
+        HubFailed,
+        HubRefused,
         InputChanged,
         IOFailed,
         LorasmithError,
@@ -32,11 +35,15 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from lorasmith.merging import merge, plan
+    from lorasmith.pulling import pull
+    from lorasmith.pushing import push
     from lorasmith.records import (
         AdapterUse,
         MergeReport,
+        Origin,
         Plan,
         Progress,
+        Pushed,
         Survival,
         TargetGroup,
         TensorSurvival,
@@ -44,11 +51,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "lorasmith.merging": ("merge", "plan"),
+    "lorasmith.pulling": ("pull",),
+    "lorasmith.pushing": ("push",),
     "lorasmith.records": (
         "AdapterUse",
         "MergeReport",
+        "Origin",
         "Plan",
         "Progress",
+        "Pushed",
         "Survival",
         "TargetGroup",
         "TensorSurvival",
@@ -57,7 +68,10 @@ _HOME = {
         "AdapterMismatch",
         "BadFile",
         "BadOption",
+        "BranchMoved",
         "BudgetTooSmall",
+        "HubFailed",
+        "HubRefused",
         "InputChanged",
         "IOFailed",
         "LorasmithError",
@@ -76,7 +90,10 @@ __all__ = [
     "AdapterUse",
     "BadFile",
     "BadOption",
+    "BranchMoved",
     "BudgetTooSmall",
+    "HubFailed",
+    "HubRefused",
     "IOFailed",
     "InputChanged",
     "LorasmithError",
@@ -84,10 +101,12 @@ __all__ = [
     "MissingFile",
     "NoSpace",
     "NotFinite",
+    "Origin",
     "OutputBusy",
     "OutputExists",
     "Plan",
     "Progress",
+    "Pushed",
     "Survival",
     "TargetGroup",
     "TensorSurvival",
@@ -95,6 +114,8 @@ __all__ = [
     "__version__",
     "merge",
     "plan",
+    "pull",
+    "push",
 ]
 
 

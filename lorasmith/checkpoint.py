@@ -9,11 +9,12 @@ import difflib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from lorasmith.errors import BadFile, IOFailed, LorasmithError, MissingFile, Unsupported, listed
 from lorasmith.jsonfile import load_json, read_json
+from lorasmith.records import Origin
 from lorasmith.safefile import Header, TensorEntry
 from lorasmith.weightfile import read_weights
 
@@ -50,7 +51,8 @@ class Checkpoint:
     """A base: shards in file order, its index and config as read, and its side files.
 
     ``folder`` is None for a bare file. ``side_files`` maps the relative name to the path of every file that
-    belongs to the model without being weights. ``notes`` say what was passed over.
+    belongs to the model without being weights. ``notes`` say what was passed over. A base on the Hub has an
+    ``origin``; its files need not be here yet, and ``known`` has size and digest of them by their paths.
     """
 
     path: str
@@ -62,6 +64,8 @@ class Checkpoint:
     config_file: str | None
     side_files: Mapping[str, str]
     notes: tuple[str, ...]
+    origin: Origin | None = None
+    known: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def entries(self) -> Iterator[TensorEntry]:
@@ -73,13 +77,81 @@ class Checkpoint:
         return tuple(shard.file for shard in self.shards)
 
 
+class Folder(Protocol):
+    """Where a model's files are; names are relative to it, with slashes.
+
+    ``name`` is what to call it, ``path`` where its files are or will be.
+    """
+
+    name: str
+    path: str
+
+    def names(self, inside: str = "") -> list[str]:
+        """What is in the folder, or in one inside it, sorted."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is anything of this name."""
+
+    def is_folder(self, name: str) -> bool:
+        """Whether there is a folder of this name."""
+
+    def is_file(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+
+    def here(self, name: str) -> str:
+        """The path of a small file that can be read now."""
+
+    def weights(self, name: str) -> tuple[Header, tuple[str, ...]]:
+        """The header of a file of weights, and notes on it."""
+
+
+class OnDisk:
+    """A folder of this machine."""
+
+    def __init__(self, path: str) -> None:
+        self.name = self.path = path
+
+    def names(self, inside: str = "") -> list[str]:
+        """The sorted names in it; IOFailed where it may not be read."""
+        return names_in(self._at(inside) if inside else self.path)
+
+    def has(self, name: str) -> bool:
+        """Whether it is there, links followed."""
+        return os.path.exists(self._at(name))
+
+    def is_folder(self, name: str) -> bool:
+        """Whether it is one, links followed."""
+        return os.path.isdir(self._at(name))
+
+    def is_file(self, name: str) -> bool:
+        """Whether it is one, links followed."""
+        return os.path.isfile(self._at(name))
+
+    def here(self, name: str) -> str:
+        """Its path."""
+        return self._at(name)
+
+    def weights(self, name: str) -> tuple[Header, tuple[str, ...]]:
+        """What ``read_weights`` gives."""
+        return read_weights(self._at(name))
+
+    def _at(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+
 def open_checkpoint(path: str) -> Checkpoint:
     """Open a model folder or a bare ``.safetensors`` file by its headers.
 
     Raises MissingFile, BadFile, or Unsupported for pickled and quantised weights.
     """
     require_path(path)
-    checkpoint = _open_folder(path) if os.path.isdir(path) else _open_file(path)
+    if os.path.isdir(path):
+        return checked(open_folder(OnDisk(path)))
+    return checked(open_file(OnDisk(os.path.dirname(path)), os.path.basename(path), path))
+
+
+def checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, having refused tensors that stand in two files and quantised weights."""
     _refuse_duplicates(checkpoint)
     _refuse_quantised(checkpoint)
     return checkpoint
@@ -109,45 +181,47 @@ def names_in(folder: str) -> list[str]:
         raise IOFailed(f"the folder {folder} cannot be read: {error.strerror}") from error
 
 
-def _open_file(path: str) -> Checkpoint:
-    header, notes = read_weights(path)
-    beside = os.path.join(os.path.dirname(path), "config.json")
-    config_file = beside if os.path.isfile(beside) else None
-    config = read_json(beside) if config_file else {}
-    return Checkpoint(path, None, (header,), None, None, config, config_file, {}, notes)
+def open_file(folder: Folder, name: str, called: str) -> Checkpoint:
+    """Open a bare file of a folder, and the config beside it; ``checked`` is left to do."""
+    header, notes = folder.weights(name)
+    config_file = folder.here("config.json") if folder.is_file("config.json") else None
+    config = read_json(config_file) if config_file else {}
+    return Checkpoint(called, None, (header,), None, None, config, config_file, {}, notes)
 
 
-def _open_folder(folder: str) -> Checkpoint:
-    names = names_in(folder)
-    config_file = os.path.join(folder, "config.json")
-    config = read_json(config_file) if "config.json" in names else {}
-    weights = _choose_weights(folder, names, config)
+def open_folder(folder: Folder) -> Checkpoint:
+    """Open a model folder by its headers, wherever it is; ``checked`` is left to do."""
+    names = folder.names()
+    config_file = folder.here("config.json") if "config.json" in names else None
+    config = read_json(config_file) if config_file else {}
+    weights = choose_weights(folder.name, names, config)
     index = None
     if weights.endswith(".index.json"):
-        index = read_json(os.path.join(folder, weights))
+        index = read_json(folder.here(weights))
         shards, notes = _open_shards(folder, weights, index)
     else:
-        header, notes = read_weights(os.path.join(folder, weights))
+        header, notes = folder.weights(weights)
         shards = (header,)
     used = {os.path.basename(shard.file) for shard in shards} | {weights}
     unused = [name for name in names if _is_weights(name) and name not in used]
-    unused += [name + "/" for name in names if name in FOREIGN_FOLDERS and os.path.isdir(os.path.join(folder, name))]
+    unused += [name + "/" for name in names if name in FOREIGN_FOLDERS and folder.is_folder(name)]
     if unused:
         notes = (f"weights are read from {weights}; not used: {listed(unused)}", *notes)
+    own = {os.path.relpath(shard.file, folder.path).replace(os.sep, "/") for shard in shards}
     return Checkpoint(
-        path=folder,
-        folder=folder,
+        path=folder.name,
+        folder=folder.path,
         shards=shards,
         index=index,
         index_name=weights if index is not None else None,
         config=config,
-        config_file=config_file if "config.json" in names else None,
-        side_files=_side_files(folder, {os.path.relpath(shard.file, folder).replace(os.sep, "/") for shard in shards}),
+        config_file=config_file,
+        side_files=_side_files(folder, own),
         notes=notes,
     )
 
 
-def _choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) -> str:
+def choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) -> str:
     """The file transformers would load (``_get_resolved_checkpoint_files``), or the only one there is."""
     explicit = config.get("transformers_weights")
     if explicit is not None:
@@ -187,8 +261,10 @@ def _no_weights(folder: str, names: list[str]) -> LorasmithError:
     return MissingFile(f"{folder} holds no *.safetensors file; is it a model folder, and was it downloaded completely?")
 
 
-def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tuple[tuple[Header, ...], tuple[str, ...]]:
-    where = os.path.join(folder, index_name)
+def _open_shards(
+    folder: Folder, index_name: str, index: Mapping[str, Any]
+) -> tuple[tuple[Header, ...], tuple[str, ...]]:
+    where = os.path.join(folder.path, index_name)
     ending = ".safetensors" if index_name.endswith(INDEX_SUFFIX) else ".bin"
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -200,13 +276,13 @@ def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tupl
     for name, shard in weight_map.items():
         placed.setdefault(shard, []).append(name)
     files = sorted(placed)
-    missing = [name for name in files if not os.path.exists(os.path.join(folder, name))]
+    missing = [name for name in files if not folder.has(name)]
     if missing:
         raise MissingFile(
             f"{where} names {len(missing)} of {len(files)} shards that are not there: {listed(missing)}; "
             "the download is incomplete"
         )
-    read = [read_weights(os.path.join(folder, name)) for name in files]
+    read = [folder.weights(name) for name in files]
     shards = tuple(header for header, _ in read)
     for file, header in zip(files, shards, strict=True):
         present = {entry.name for entry in header.entries}
@@ -276,7 +352,7 @@ def _is_weights(name: str) -> bool:
     return name.endswith(WEIGHT_ENDINGS)
 
 
-def _side_files(folder: str, shards: Collection[str]) -> dict[str, str]:
+def _side_files(folder: Folder, shards: Collection[str]) -> dict[str, str]:
     """Everything that belongs to the model beside its weights.
 
     Links are followed, but not those to a folder that the model is in. Raises BadFile where there is far more than
@@ -288,20 +364,20 @@ def _side_files(folder: str, shards: Collection[str]) -> dict[str, str]:
 
     def visit(relative: str, above: frozenset[str]) -> None:
         nonlocal visited
-        here = os.path.join(folder, relative) if relative else folder
-        for name in names_in(here):
+        for name in folder.names(relative):
             visited += 1
             if visited > MAX_SIDE_FILES:
-                raise BadFile(f"{folder} holds more than {MAX_SIDE_FILES:,} files; is it only a model's folder?")
-            path, inside = os.path.join(here, name), f"{relative}/{name}" if relative else name
-            if os.path.isdir(path):
+                raise BadFile(f"{folder.name} holds more than {MAX_SIDE_FILES:,} files; is it only a model's folder?")
+            inside = f"{relative}/{name}" if relative else name
+            path = os.path.join(folder.path, inside)
+            if folder.is_folder(inside):
                 real = os.path.realpath(path)
                 if real not in above and not _skipped_folder(name):
                     visit(inside, above | {real})
-            elif os.path.isfile(path) and inside not in shards and not _skipped_file(name, whole=relative in modules):
+            elif folder.is_file(inside) and inside not in shards and not _skipped_file(name, whole=relative in modules):
                 found[inside] = path
 
-    visit("", frozenset(_folder_and_those_above(os.path.realpath(folder))))
+    visit("", frozenset(_folder_and_those_above(os.path.realpath(folder.path))))
     return found
 
 
@@ -312,10 +388,9 @@ def _folder_and_those_above(path: str) -> Iterator[str]:
         yield path
 
 
-def _sentence_modules(folder: str) -> set[str]:
+def _sentence_modules(folder: Folder) -> set[str]:
     """Sub-folders that a sentence-transformers ``modules.json`` makes part of the model, weights and all."""
-    file = os.path.join(folder, "modules.json")
-    modules = load_json(file) if os.path.isfile(file) else []
+    modules = load_json(folder.here("modules.json")) if folder.is_file("modules.json") else []
     paths = [one.get("path") for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
     inside = {path.strip("/") for path in paths if isinstance(path, str)}
     return {path for path in inside if _is_inside(path)}

@@ -1,4 +1,4 @@
-"""The main job, from paths to a published model: open, plan, execute, publish, report."""
+"""The main job, from paths to a published model: open, plan, execute, push, publish, report."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import re
 import time
 from collections.abc import Callable, Sequence
 
-from lorasmith.checkpoint import open_checkpoint, require_path
+from lorasmith.delivery import Delivery
 from lorasmith.errors import BadOption, InputChanged, NoSpace
 from lorasmith.execution import default_threads, execute
 from lorasmith.execution.blocks import Budget, fit
 from lorasmith.execution.destination import check_output, free_space
 from lorasmith.execution.device import resolve
 from lorasmith.execution.workplace import claim
-from lorasmith.formats import read_adapter
 from lorasmith.planning import Options, build_plan
-from lorasmith.records import MergeReport, Output, Plan, Progress, Resources, Survival
+from lorasmith.records import MergeReport, Output, Plan, Progress, Pushed, Resources, Survival
 from lorasmith.rounding import SURVIVAL_LIMIT, Sample, survival
+from lorasmith.sources import Sources
 
 Path = str | os.PathLike[str]
 AdapterArgument = Path | tuple[Path, float]
@@ -32,7 +32,7 @@ _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]
 def merge(
     base: Path,
     adapters: AdapterArgument | Sequence[AdapterArgument],
-    out: Path,
+    out: Path | None = None,
     *,
     dtype: str = "keep",
     device: str = "cpu",
@@ -45,15 +45,25 @@ def merge(
     architecture: str | None = None,
     base_is_residual: bool = False,
     overwrite: bool = False,
+    push: str | None = None,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    card: Path | None = None,
+    stream: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
     planned: Callable[[Plan, Resources], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeReport:
     """Merge adapters into a base model and write the result to ``out``: ``W0 + Σ weightᵢ·ΔWᵢ``, rounded once.
 
     ``base`` is a model folder or a ``.safetensors`` file, and ``out`` becomes the same kind of thing. ``adapters``
-    are PEFT folders or files: ``path``, ``"path:0.7"`` or ``(path, 0.7)``. ``dtype`` is ``keep`` or the dtype of
-    every floating-point tensor of the result: ``float32``, ``bfloat16``, ``float16``. ``device`` is what computes:
-    ``cpu``, ``cuda`` (the first GPU), ``cuda:N``, or ``auto`` for a GPU if there is one. ``memory`` and
+    are PEFT folders or files: ``path``, ``"path:0.7"`` or ``(path, 0.7)``. All of them may be names on the Hub,
+    ``org/name``, ``org/name@revision`` or an address; a path that exists is that path. ``dtype`` is ``keep`` or the
+    dtype of every floating-point tensor of the result: ``float32``, ``bfloat16``, ``float16``. ``device`` is what
+    computes: ``cpu``, ``cuda`` (the first GPU), ``cuda:N``, or ``auto`` for a GPU if there is one. ``memory`` and
     ``max_shard_size`` are in bytes; ``memory`` bounds the buffers, whatever the size of the model. ``tokenizer``
     says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``architecture`` names the
     result's class where an adapter brings layers that the base's has not; ``base_is_residual`` says that the base is
@@ -61,41 +71,61 @@ def merge(
     before anything is written: raise in it to stop there. ``progress`` is called about ten times a second. Both are
     called from the calling thread.
 
+    ``push`` names a repository that the result goes to as well, or alone if there is no ``out``; ``revision``,
+    ``private``, ``create_pr``, ``commit_message`` and ``card`` are as with ``lorasmith.push``. With ``stream`` the
+    shards of a base on the Hub are downloaded one after another, and removed once they are merged. ``token`` and
+    ``endpoint`` are the client's own by default.
+
     Nothing appears at ``out`` before all of it is written; a run that was killed goes on when it is called again
     with the same arguments. Raises a ``LorasmithError`` (see ``lorasmith.errors``), most of them before anything
     is written. May be called from several threads at once, for different outputs.
     """
     started = time.monotonic()
-    plan_ = plan(
-        base,
-        adapters,
-        out,
+    sources = Sources(endpoint, token)
+    delivery = Delivery(
+        sources,
+        None if out is None else os.fspath(out),
+        push,
+        stream=stream,
+        card=card,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+    options = Options(
         dtype=dtype,
-        device=device,
+        device=resolve(device),
         max_shard_size=max_shard_size,
         tokenizer=tokenizer,
         allow_unmatched=allow_unmatched,
         allow_overflow=allow_overflow,
         architecture=architecture,
         base_is_residual=base_is_residual,
-        overwrite=overwrite,
     )
+    plan_ = _plan(sources, base, adapters, out, options, overwrite=overwrite)
     budget = _budget(plan_, memory, threads)
-    takes = _resources(plan_, budget, os.fspath(out))
+    takes = _resources(plan_, budget, delivery)
     if planned is not None:
         planned(plan_, takes)
-    with claim(os.fspath(out), overwrite=overwrite) as place:
+    with delivery.prepared(plan_), claim(delivery.place, overwrite=overwrite) as place:
 
         def finished(output: Output, samples: list[Sample]) -> None:
             _require_unchanged(plan_)  # before it is noted: a later run takes up what is
             place.finish(output, samples)
+            delivery.finished(output)
 
-        place.begin(plan_)
-        resumed = execute(plan_, place, budget, finished, progress)
+        work = delivery.begin(place)
+        resumed = execute(work, place, budget, finished, progress, delivery.fetch)
         if not place.published:
             place.write_side_files(plan_.side_files)
-        place.publish()
-    return _report(plan_, os.fspath(out), takes.threads, resumed, survival(place.samples), time.monotonic() - started)
+        pushed = delivery.commit(survival(place.samples))
+        if out is None:
+            place.remove()
+        else:
+            place.publish()
+    seconds = time.monotonic() - started
+    return _report(plan_, delivery.name, takes.threads, resumed, survival(place.samples), seconds, pushed)
 
 
 def plan(
@@ -112,23 +142,17 @@ def plan(
     architecture: str | None = None,
     base_is_residual: bool = False,
     overwrite: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
 ) -> Plan:
     """Everything ``merge`` would do with these arguments, having checked all that can be known before writing.
 
-    Reads headers, configs and the adapters, no tensor of the base. Given ``out``, also checks that the result may
+    Reads headers, configs and the adapters, no tensor of the base; one on the Hub is not downloaded. Given ``out``, also checks that the result may
     be written there. Raises what ``merge`` would.
     """
-    device = resolve(device)
-    weighted = [_weighted(one) for one in _as_list(adapters)]
-    checkpoint = open_checkpoint(os.fspath(base))
-    for path, _ in weighted:
-        require_path(path)
-    if out is not None:
-        inputs = [checkpoint.path, *(path for path, _ in weighted)]
-        check_output(os.fspath(out), inputs, single_file=checkpoint.folder is None, overwrite=overwrite)
     options = Options(
         dtype=dtype,
-        device=device,
+        device=resolve(device),
         max_shard_size=max_shard_size,
         tokenizer=tokenizer,
         allow_unmatched=allow_unmatched,
@@ -136,26 +160,57 @@ def plan(
         architecture=architecture,
         base_is_residual=base_is_residual,
     )
-    return build_plan(checkpoint, [(read_adapter(path), weight) for path, weight in weighted], options)
+    return _plan(Sources(endpoint, token), base, adapters, out, options, overwrite=overwrite)
 
 
-def resources(plan: Plan, out: Path, *, memory: int = DEFAULT_MEMORY, threads: int | None = None) -> Resources:
-    """Threads, memory and disk a plan takes.
+def _plan(
+    sources: Sources,
+    base: Path,
+    adapters: AdapterArgument | Sequence[AdapterArgument],
+    out: Path | None,
+    options: Options,
+    *,
+    overwrite: bool,
+) -> Plan:
+    weighted = [_weighted(one) for one in _as_list(adapters)]
+    checkpoint = sources.open_base(os.fspath(base))
+    for path, _ in weighted:
+        sources.require(path)
+    if out is not None:
+        inputs = [checkpoint.folder or checkpoint.files[0], *(path for path, _ in weighted)]
+        check_output(os.fspath(out), inputs, single_file=checkpoint.folder is None, overwrite=overwrite)
+    return build_plan(checkpoint, [(sources.read_adapter(path), weight) for path, weight in weighted], options)
+
+
+def resources(
+    plan: Plan,
+    out: Path | None,
+    *,
+    memory: int = DEFAULT_MEMORY,
+    threads: int | None = None,
+    push: str | None = None,
+    stream: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Resources:
+    """Threads, memory and disk a plan takes; also checks that ``push`` may be pushed to, and makes nothing.
 
     Raises BudgetTooSmall when ``memory`` (bytes) is not enough, NoSpace when the disk is not.
     """
-    return _resources(plan, _budget(plan, memory, threads), os.fspath(out))
+    delivery = Delivery(Sources(endpoint, token), None if out is None else os.fspath(out), push, stream=stream)
+    delivery.check(plan)
+    return _resources(plan, _budget(plan, memory, threads), delivery)
 
 
-def _resources(plan: Plan, budget: Budget, out: str) -> Resources:
-    free = free_space(out)
-    if plan.bytes_written > free:
+def _resources(plan: Plan, budget: Budget, delivery: Delivery) -> Resources:
+    free, takes = free_space(delivery.place), delivery.room(plan)
+    if takes > free:
         raise NoSpace(
             errno.ENOSPC,
-            f"the result takes {plan.bytes_written:,} bytes and the disk of {out} has {free:,} free; "
+            f"the result takes {takes:,} bytes and the disk of {delivery.place} has {free:,} free; "
             "make room or choose another output",
         )
-    return Resources(budget.threads, budget.nbytes, plan.bytes_written, free)
+    return Resources(budget.threads, budget.nbytes, takes, free)
 
 
 def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
@@ -169,6 +224,8 @@ def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
 def _require_unchanged(plan: Plan) -> None:
     """Raise InputChanged when a file that weights are read from is not what it was when the plan was made."""
     for file, size, mtime in (*plan.base_files, *plan.adapter_files):
+        if mtime == 0:  # a commit on the Hub stays what it is
+            continue
         try:
             facts = os.stat(file)
         except OSError:
@@ -202,7 +259,15 @@ def _weighted(adapter: AdapterArgument) -> tuple[str, float]:
     return path, weight
 
 
-def _report(plan: Plan, out: str, threads: int, resumed: int, survival: Survival | None, seconds: float) -> MergeReport:
+def _report(
+    plan: Plan,
+    out: str,
+    threads: int,
+    resumed: int,
+    survival: Survival | None,
+    seconds: float,
+    pushed: Pushed | None,
+) -> MergeReport:
     return MergeReport(
         out=out,
         base=plan.base,
@@ -225,6 +290,8 @@ def _report(plan: Plan, out: str, threads: int, resumed: int, survival: Survival
         plan_hash=plan.hash,
         notes=plan.notes,
         warnings=(*plan.warnings, *_survival_warnings(survival)),
+        base_origin=plan.base_origin,
+        pushed=pushed,
     )
 
 

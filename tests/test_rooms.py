@@ -16,6 +16,11 @@ ROOMS = (
     "__init__",
     "demonstration",
     "merging",
+    "pulling",
+    "delivery",
+    "streaming",
+    "pushing",
+    "card",
     "execution",
     "planning",
     "layout",
@@ -24,10 +29,12 @@ ROOMS = (
     "recipe",
     "sidefiles",
     "naming",
+    "sources",
     "formats",
     "adapter",
     "deltas",
     "checkpoint",
+    "hub",
     "rounding",
     "records",
     "weightfile",
@@ -115,7 +122,8 @@ def test_nothing_heavy_is_imported_with_a_module(file: Path) -> None:
     top = [node for node in parsed(file).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {one.name for node in top if isinstance(node, ast.Import) for one in node.names}
     names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
-    assert not {name.split(".")[0] for name in names} & {"torch", "numpy", "safetensors", "tqdm"}
+    heavy = {"torch", "numpy", "safetensors", "tqdm", "huggingface_hub", "httpx2"}
+    assert not {name.split(".")[0] for name in names} & heavy
 
 
 @every_file
