@@ -44,7 +44,7 @@ class Delivery:
         **options: Any,
     ) -> None:
         if out is None and push is None:
-            raise BadOption("say where the result goes: -o OUT, --push REPO, or both")
+            raise BadOption("say where the result goes: -o/--out OUT, --push REPO, or both")
         given = [name for name, value in {**options, "card": card}.items() if value]
         if push is None and given:
             raise BadOption(f"--{given[0].replace('_', '-')} is for --push, which was not given")
@@ -75,6 +75,16 @@ class Delivery:
         if self._out is not None:
             return plan.bytes_written + passing
         return beside + (passing or sum(output.size for output in plan.outputs))
+
+    def download(self, plan: Plan) -> int:
+        """Bytes of the base that are to come from the Hub."""
+        if plan.base_origin is None:
+            return 0
+        alone = self._out is None and self._target is not None
+        copies = set(untouched(plan).values()) if alone else set()
+        files = {file: size for file, size, _ in plan.base_files if file not in copies}
+        files |= {file.source: file.size for file in plan.side_files if file.source is not None}
+        return sum(size for file, size in files.items() if not os.path.exists(file))
 
     @contextlib.contextmanager
     def prepared(self, plan: Plan) -> Iterator[None]:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lorasmith.delivery import Delivery
 from lorasmith.errors import BadOption, InputChanged, NoSpace
@@ -147,8 +148,8 @@ def plan(
 ) -> Plan:
     """Everything ``merge`` would do with these arguments, having checked all that can be known before writing.
 
-    Reads headers, configs and the adapters, no tensor of the base; one on the Hub is not downloaded. Given ``out``, also checks that the result may
-    be written there. Raises what ``merge`` would.
+    Reads headers, configs and the adapters, no tensor of the base; one on the Hub is not downloaded. Given ``out``,
+    also checks that the result may be written there. Raises what ``merge`` would.
     """
     options = Options(
         dtype=dtype,
@@ -189,15 +190,16 @@ def resources(
     memory: int = DEFAULT_MEMORY,
     threads: int | None = None,
     push: str | None = None,
-    stream: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
+    **options: Any,
 ) -> Resources:
     """Threads, memory and disk a plan takes; also checks that ``push`` may be pushed to, and makes nothing.
 
-    Raises BudgetTooSmall when ``memory`` (bytes) is not enough, NoSpace when the disk is not.
+    ``options`` are those of ``merge`` that say where things come from and go to. Raises BudgetTooSmall when ``memory``
+    (bytes) is not enough, NoSpace when the disk is not, HubRefused.
     """
-    delivery = Delivery(Sources(endpoint, token), None if out is None else os.fspath(out), push, stream=stream)
+    delivery = Delivery(Sources(endpoint, token), None if out is None else os.fspath(out), push, **options)
     delivery.check(plan)
     return _resources(plan, _budget(plan, memory, threads), delivery)
 
@@ -210,7 +212,7 @@ def _resources(plan: Plan, budget: Budget, delivery: Delivery) -> Resources:
             f"the result takes {takes:,} bytes and the disk of {delivery.place} has {free:,} free; "
             "make room or choose another output",
         )
-    return Resources(budget.threads, budget.nbytes, takes, free)
+    return Resources(budget.threads, budget.nbytes, takes, free, delivery.download(plan))
 
 
 def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:

@@ -195,12 +195,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run of a plan takes: threads, bytes of buffers, bytes of disk, and the bytes there are."""
+    """What a run of a plan takes: threads, bytes of buffers, bytes of disk, the bytes there are, bytes to download."""
 
     threads: int
     memory: int
     disk: int
     disk_free: int
+    download: int = 0
 
 
 # ------------------------------------------------------------------------------------------ progress and report

@@ -44,6 +44,21 @@ class File:
     sha256: str | None = None
 
 
+class Sparse:
+    """Some bytes, and then zeros up to a size, of which only what is asked for is made."""
+
+    def __init__(self, head: bytes, size: int) -> None:
+        self._head, self._size = head, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, span: slice) -> bytes:
+        start, stop, _ = span.indices(self._size)
+        known = self._head[start:stop]
+        return known + bytes(max(0, stop - start) - len(known))
+
+
 @dataclass
 class Repository:
     """Commits by their names, each a mapping of paths to files, and what branches, tags and requests point at."""
@@ -148,6 +163,14 @@ class Hub:
             self.large[sha256] = content
             return File(git_name(sha256.encode()), len(content), sha256=sha256)
         return File(git_name(content), len(content), content)
+
+    def add_large(self, name: str, path: str, content: Sparse) -> None:
+        """Add a file to a repository's last commit that is too large for this machine."""
+        repository = self.repositories[name]
+        sha256 = hashlib.sha256(f"{name} {path}".encode()).hexdigest()
+        self.large[sha256] = content  # type: ignore[assignment]
+        files = {**self.files(name), path: File(git_name(sha256.encode()), len(content), sha256=sha256)}
+        repository.commit(files, "main", f"Add {path}")
 
     def content(self, name: str, path: str, revision: str = "main") -> bytes:
         """A file's bytes."""

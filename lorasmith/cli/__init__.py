@@ -18,6 +18,8 @@ from lorasmith import __version__
 from lorasmith.cli.demo import demo
 from lorasmith.cli.merge import merge
 from lorasmith.cli.output import error
+from lorasmith.cli.pull import pull
+from lorasmith.cli.push import push
 from lorasmith.errors import BadOption, LorasmithError
 
 DEBUG = "LORASMITH_DEBUG"
@@ -31,6 +33,8 @@ def commands() -> None:
 
 
 commands.add_command(merge)
+commands.add_command(push)
+commands.add_command(pull)
 commands.add_command(demo)
 
 

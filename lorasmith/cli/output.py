@@ -16,7 +16,7 @@ import click
 from lorasmith.errors import IOFailed, one_line
 
 if TYPE_CHECKING:
-    from lorasmith.records import AdapterUse, MergeReport, Plan, Progress, Resources, Survival, TargetGroup
+    from lorasmith.records import AdapterUse, MergeReport, Plan, Progress, Pushed, Resources, Survival, TargetGroup
 
 LOG_SECONDS = 5.0
 """Between two lines of progress where there is no terminal."""
@@ -62,6 +62,8 @@ class Output:
         """One line before a merge begins."""
         if not (self.quiet or self.as_json):
             what = f"Merging {_count(plan.tensors_merged + plan.tensors_replaced, 'tensor')}"
+            first = f"Downloading {size(takes.download)}, then " if takes.download else ""
+            what = first + (what.lower() if first else what)
             text = f"{what}, writing {size(plan.bytes_written)} to {out} ({_count(takes.threads, 'thread')})"
             click.echo(one_line(text), err=True)
 
@@ -72,6 +74,22 @@ class Output:
         else:
             self._text(_report_lines(report))
         self._warn(report.warnings)
+
+    def pushed(self, pushed: Pushed) -> None:
+        """What a push made."""
+        if self.as_json:
+            from lorasmith.records import plain
+
+            self._data(plain(pushed))
+        else:
+            self._text([f"Pushed to {pushed.url}", f"commit   {pushed.commit}"])
+
+    def pulled(self, path: str) -> None:
+        """Where a pull put what it has pulled."""
+        if self.as_json:
+            self._data({"path": path})
+        else:
+            self._text([path])
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -171,6 +189,8 @@ def _plan_lines(plan: Plan, takes: Resources, out: str) -> Iterator[str]:
     yield ""
     yield f"tensors  {_tensors(plan)}"
     yield f"read     {size(plan.bytes_read)}"
+    if takes.download:
+        yield f"download {size(takes.download)}"
     yield f"write    {size(plan.bytes_written)} to {out} ({size(takes.disk_free)} free)"
     yield f"memory   {size(takes.memory)} of buffers for {takes.threads} threads, beside Python and torch"
     yield from (f"note     {note}" for note in plan.notes)
@@ -184,6 +204,8 @@ def _report_lines(report: MergeReport) -> Iterator[str]:
     yield from _survival_lines(report.survival)
     resumed = f" ({size(report.bytes_resumed)} of it by an earlier run)" if report.bytes_resumed else ""
     yield f"written  {size(report.bytes_written)}{resumed} in {report.seconds:.1f} s, {size(report.rate)}/s"
+    if report.pushed is not None:
+        yield f"pushed   {report.pushed.url} (commit {report.pushed.commit})"
     yield f"memory   {size(report.peak_memory)} at most"
     yield from (f"note     {note}" for note in report.notes)
 

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 FIRST_BYTES = 1 << 16
 """What is asked for of a file whose header is wanted; most headers are shorter."""
 
+CONFIGS = ("config.json", "adapter_config.json")
+"""What is wanted of every repository."""
+
 _ADDRESS = re.compile(r"(hf://|https?://|(www\.)?huggingface\.co/|hf\.co/)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^\s:]+)?(/[^\s:]+)*")
 _TYPES = ("models", "datasets", "spaces", "kernels", "buckets")
@@ -132,19 +135,16 @@ class Hub:
 
     def _listing(self, repo: str, commit: str, folder: str) -> dict[str, RemoteFile]:
         """The files of a commit; offline, those that the cache knows or holds."""
-        import httpx2
         from huggingface_hub import RepoFile, get_cached_repo_tree
-        from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
         try:
+            self.api.snapshot_download(repo, revision=commit, allow_patterns=[*CONFIGS])  # notes the tree as well
             found: Any = get_cached_repo_tree(repo, revision=commit)
-        except CachedRepoTreeNotFoundError:
-            try:
-                found = list(self.api.list_repo_tree(repo, recursive=True, revision=commit))
-            except (OfflineModeIsEnabled, httpx2.TransportError):
-                if not os.path.isdir(folder):
-                    raise
-                return _held(folder)
+        except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
+            if not os.path.isdir(folder):
+                raise
+            return _held(folder)
         return {
             one.path: RemoteFile(one.size, one.lfs.sha256 if one.lfs else one.blob_id)
             for one in found

@@ -117,7 +117,7 @@ def _unreachable(where: str, endpoint: str, error: Exception) -> HubFailed:
             "download it first, or unset that"
         )
     return HubFailed(
-        f"{endpoint} cannot be reached for {where} ({type(error).__name__}); if a path was meant, it does not exist; "
+        f"{endpoint} cannot be reached for {where} ({type(error.__cause__ or error).__name__}); if a path was meant, it does not exist; "
         "else check the network, and run the same command again"
     )
 
