@@ -65,6 +65,8 @@ class Delivery:
         """Raise what ``prepared`` would, as far as it can be known without making anything."""
         if self._streams and plan.base_origin is None:
             raise BadOption("--stream is for a base on the Hub; this one is on the disk already")
+        if self._streams and not all(file.endswith(".safetensors") for file, _, _ in plan.base_files):
+            raise BadOption("--stream needs safetensors; pickled weights are downloaded whole to be read")
         if self._target is not None:
             check_writable(self._sources.hub, self._target)
 
@@ -125,8 +127,7 @@ class Delivery:
             self._upload.begin(place.scratch)
             gone = self._upload.sent if self._out is None else set()
             for name, file in self._copies.items():
-                assert self._plan.base_origin is not None
-                self._upload.copy(name, self._sources.name_of(file) or name, self._plan.base_origin)
+                self._upload.copy(name, *self._sources.whence(file))
         place.begin(self._work, gone)
         for output in self._work.outputs:
             if place.is_finished(output):
@@ -175,6 +176,15 @@ class Delivery:
         files[CARD] = (self._card or self._text(survival)).encode()
         names = [str(use.origin.repo if use.origin else "a local adapter") for use in self._plan.adapters]
         return self._upload.finish(files, f"Merge {', '.join(dict.fromkeys(names))}", self._instead)
+
+    def settle(self, place: Workplace) -> None:
+        """Let the result appear where it is to stay; leave nothing where it is not."""
+        if self._out is not None:
+            place.publish()
+            return
+        place.remove()
+        with contextlib.suppress(OSError):  # others may be at work there
+            os.rmdir(os.path.dirname(self.place))
 
     @contextlib.contextmanager
     def _instead(self, name: str) -> Iterator[str]:

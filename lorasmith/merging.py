@@ -121,10 +121,7 @@ def merge(
         if not place.published:
             place.write_side_files(plan_.side_files)
         pushed = delivery.commit(survival(place.samples))
-        if out is None:
-            place.remove()
-        else:
-            place.publish()
+        delivery.settle(place)
     seconds = time.monotonic() - started
     return _report(plan_, delivery.name, takes.threads, resumed, survival(place.samples), seconds, pushed)
 

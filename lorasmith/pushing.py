@@ -83,6 +83,8 @@ class Upload:
         }
         self._notes = ""
         self._operations: dict[str, Operation] = {}
+        self._digests: dict[str, str] = {}
+        self._copied: list[str] = []
         self._waiting: queue.Queue[tuple[str, str, Callable[[], None]] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._error: BaseException | None = None
@@ -93,8 +95,7 @@ class Upload:
         """Take up what an earlier run has sent and noted in a folder, where this one will note as well."""
         self._notes = os.path.join(folder, SENT)
         for name, size, sha256 in _noted(self._notes, self._heading):
-            self._operations[name] = uploaded(name, size, sha256)
-            self.sent.add(name)
+            self._take(name, size, sha256)
         self._thread.start()
 
     def add(self, name: str, path: str, done: Callable[[], None]) -> None:
@@ -104,9 +105,11 @@ class Upload:
         else:
             self._waiting.put((name, path, done))
 
-    def copy(self, name: str, source: str, origin: Origin) -> None:
-        """Have a file, ``source`` in another repository, copied from there by the Hub."""
+    def copy(self, name: str, source: str, origin: Origin, digest: str) -> None:
+        """Have a file of this digest, ``source`` in another repository, copied from there by the Hub."""
         self._operations[name] = copy_of(name, source, origin)
+        self._digests[name] = digest
+        self._copied.append(name)
 
     @property
     def has_failed(self) -> bool:
@@ -141,21 +144,20 @@ class Upload:
             return self._commit(message)
 
     def _send_instead(self, instead: Callable[[str], AbstractContextManager[str]]) -> None:
-        for name in [name for name, one in self._operations.items() if type(one).__name__ == "CommitOperationCopy"]:
+        for name in self._copied:
             with instead(name) as path:
                 self._send(name, path)
 
     def _commit(self, message: str) -> Pushed:
-        now = list(self._operations.values())
+        there = files_at(self._hub, self.to)
+        known = {name for name, digest in self._digests.items() if there.get(name) == digest}
+        now = [one for name, one in self._operations.items() if name not in known]
         try:
-            return self._commit_all(message, now)
+            return commit(self._hub, self.to, [*now, *left_overs(there, self._operations)], message)
         except HubFailed as error:
             if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 400:
                 self._forget()  # what was sent long ago may be gone
             raise
-
-    def _commit_all(self, message: str, now: list[Operation]) -> Pushed:
-        return commit(self._hub, self.to, [*now, *left_overs(self._hub, self.to, self._operations)], message)
 
     def _run(self) -> None:
         while (one := self._waiting.get()) is not None:
@@ -175,8 +177,12 @@ class Upload:
                 self._operations[name] = addition(name, stream.read())
             return
         sha256 = sent.upload_info.sha256.hex()
-        self._operations[name] = uploaded(name, size, sha256)
         self._note(name, size, sha256)
+        self._take(name, size, sha256)
+
+    def _take(self, name: str, size: int, sha256: str) -> None:
+        self._operations[name] = uploaded(name, size, sha256)
+        self._digests[name] = sha256
         self.sent.add(name)
 
     def _forget(self) -> None:
@@ -205,11 +211,10 @@ def _noted(file: str, heading: Mapping[str, object]) -> Iterator[tuple[str, int,
             yield name, size, sha256
 
 
-def left_overs(hub: Hub, to: Target, names: Collection[str]) -> list[Operation]:
+def left_overs(there: Collection[str], names: Collection[str]) -> list[Operation]:
     """Deletions of weights that would be loaded instead of, or beside, those that are pushed."""
     if not any(WEIGHTS.fullmatch(name) for name in names):
         return []
-    there = files_at(hub, to)
     return [deletion_of(name) for name in there if WEIGHTS.fullmatch(name) and name not in names and "/" not in name]
 
 
@@ -256,7 +261,7 @@ def push(
     large = {name: file for name, file in files.items() if WEIGHTS.fullmatch(name)}
     operations: dict[str, Operation] = {name: upload(hub, to, name, file) for name, file in large.items()}
     operations |= {name: addition(name, file) for name, file in files.items() if name not in large}
-    stale = left_overs(hub, to, operations)
+    stale = left_overs(files_at(hub, to), operations)
     return commit(hub, to, [*operations.values(), *stale], f"Upload {os.path.basename(os.path.abspath(path))}")
 
 

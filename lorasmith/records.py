@@ -107,8 +107,8 @@ class Output:
 class SideFile:
     """One file of the result that holds no merged weights: copied from ``source``, or written from ``text``.
 
-    ``size`` in bytes and ``sha256`` are of its contents; for a small file on the Hub it is the SHA-1 that Git knows
-    it by.
+    ``size`` in bytes and ``sha256`` are of its contents; for a file on the Hub it is the SHA-1 that Git knows it
+    by.
     """
 
     name: str

@@ -21,6 +21,7 @@ from lorasmith.checkpoint import (
 from lorasmith.errors import BadOption, LorasmithError, MissingFile, listed
 from lorasmith.formats import ADAPTER_FILES, adapter_file, read_adapter
 from lorasmith.hub import Hub, Reference, Snapshot, reference
+from lorasmith.records import Origin
 from lorasmith.safefile import Header, parse_header
 from lorasmith.weightfile import read_weights
 
@@ -179,6 +180,13 @@ class Sources:
             return None
         name = os.path.relpath(path, self.base.folder).replace(os.sep, "/")
         return name if name in self.base.files else None
+
+    def whence(self, path: str) -> tuple[str, Origin, str]:
+        """The name, the repository and the SHA-256 of a large file of the base, known by its path in the cache."""
+        name = self.name_of(path)
+        assert self.base is not None
+        assert name is not None
+        return name, self.base.origin, self.base.files[name].sha256 or ""
 
     def fetch(self, paths: Iterable[str]) -> None:
         """Have those files of the base in the cache that are on the Hub."""

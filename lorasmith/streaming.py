@@ -9,6 +9,7 @@ result, and the shard that comes next.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +39,8 @@ class Stream:
         }
         self.plan = _moved(plan, {old: new for new, old in self._from.items()})
         self._ahead = list(self.plan.outputs)
+        for left in glob.glob(os.path.join(glob.escape(folder), ".cache", "**", "*.incomplete"), recursive=True):
+            os.unlink(left)  # by a run that was killed; the client begins such files anew
         self._room = threading.Semaphore(IN_HOUSE)
         self._inside: set[str] = set()
         self._lock = threading.Lock()

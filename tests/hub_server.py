@@ -161,7 +161,7 @@ class Hub:
         if name.endswith(LARGE) and content:
             sha256 = hashlib.sha256(content).hexdigest()
             self.large[sha256] = content
-            return File(git_name(sha256.encode()), len(content), sha256=sha256)
+            return File(pointer_name(sha256, len(content)), len(content), sha256=sha256)
         return File(git_name(content), len(content), content)
 
     def add_large(self, name: str, path: str, content: Sparse) -> None:
@@ -169,7 +169,7 @@ class Hub:
         repository = self.repositories[name]
         sha256 = hashlib.sha256(f"{name} {path}".encode()).hexdigest()
         self.large[sha256] = content  # type: ignore[assignment]
-        files = {**self.files(name), path: File(git_name(sha256.encode()), len(content), sha256=sha256)}
+        files = {**self.files(name), path: File(pointer_name(sha256, len(content)), len(content), sha256=sha256)}
         repository.commit(files, "main", f"Add {path}")
 
     def content(self, name: str, path: str, revision: str = "main") -> bytes:
@@ -225,6 +225,11 @@ class Hub:
 def git_name(content: bytes) -> str:
     """The name that Git gives a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def pointer_name(sha256: str, size: int) -> str:
+    """The name that Git gives the pointer to a large file."""
+    return git_name(f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode())
 
 
 def _read_shard(raw: bytes) -> dict[str, str]:
@@ -547,7 +552,7 @@ class _Handler(BaseHTTPRequestHandler):
             if oid not in self.hub.large and oid not in self.hub.xet_hashes():
                 raise Answer(400, None, f"LFS pointer {oid} points to a file that does not exist")
             size = value.get("size") or len(self.hub.large.get(oid, b""))
-            files[path] = File(git_name(oid.encode()), size, sha256=oid)
+            files[path] = File(pointer_name(oid, size), size, sha256=oid)
         elif key == "deletedFile":
             del files[path]
         else:

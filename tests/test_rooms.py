@@ -40,6 +40,7 @@ ROOMS = (
     "weightfile",
     "picklefile",
     "safefile",
+    "gitnames",
     "jsonfile",
     "dtypes",
     "errors",

@@ -29,6 +29,7 @@ from lorasmith.execution.destination import (
 )
 from lorasmith.execution.journal import Finished, Journal, heading
 from lorasmith.execution.renaming import exchange, identity, move_into, remove, sync_folder
+from lorasmith.gitnames import git_name, pointer_name
 from lorasmith.jsonfile import open_regular
 from lorasmith.records import Output, Plan, SideFile
 from lorasmith.rounding import Sample, summed
@@ -308,8 +309,6 @@ def _copy(file: SideFile, fd: int) -> None:
     """Copy a side file, making sure that it is still what was planned."""
     assert file.source is not None
     sha = hashlib.sha256()
-    if len(file.sha256) == len(hashlib.sha1().hexdigest()):
-        sha = hashlib.sha1(b"blob %d\0" % file.size)  # as Git names contents
     changed = InputChanged(f"{file.source} was changed while its model was being merged; run the same command again")
     try:
         source = open_regular(file.source)
@@ -321,8 +320,15 @@ def _copy(file: SideFile, fd: int) -> None:
             view = memoryview(block)
             while view:
                 view = view[os.write(fd, view) :]
-    if sha.hexdigest() != file.sha256:
+    if file.sha256 not in (sha.hexdigest(), *_git_names(file)):
         raise changed
+
+
+def _git_names(file: SideFile) -> tuple[str, ...]:
+    """What else a side file may be known by, if its digest is none of the file's own."""
+    if file.source is None or len(file.sha256) != 2 * hashlib.sha1().digest_size:
+        return ()
+    return git_name(file.source), pointer_name(file.source)
 
 
 def _first_missing(folder: str) -> str | None:

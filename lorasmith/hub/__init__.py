@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import os
 import re
 import shutil
@@ -25,18 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith import __version__
 from lorasmith.errors import BadOption, HubFailed, NoSpace
+from lorasmith.gitnames import git_name, pointer_name
 from lorasmith.hub.failures import told
 from lorasmith.hub.silence import silent_bar
 from lorasmith.records import Origin
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, RepoFile
 
 FIRST_BYTES = 1 << 16
 """What is asked for of a file whose header is wanted; most headers are shorter."""
-
-CONFIGS = ("config.json", "adapter_config.json")
-"""What is wanted of every repository."""
 
 _ADDRESS = re.compile(r"(hf://|https?://|(www\.)?huggingface\.co/|hf\.co/)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^\s:]+)?(/[^\s:]+)*")
@@ -55,10 +52,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """Size in bytes, and SHA-256 of a large file or Git's SHA-1 of a small one."""
+    """Size in bytes, the SHA-1 that Git knows it by, whether Git holds only a pointer to it, and then its SHA-256."""
 
     size: int
     digest: str
+    is_large: bool
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,38 +134,31 @@ class Hub:
 
     def _listing(self, repo: str, commit: str, folder: str) -> dict[str, RemoteFile]:
         """The files of a commit; offline, those that the cache knows or holds."""
+        import httpx2
         from huggingface_hub import RepoFile, get_cached_repo_tree
-        from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
 
         try:
-            self.api.snapshot_download(repo, revision=commit, allow_patterns=[*CONFIGS])  # notes the tree as well
-            found: Any = get_cached_repo_tree(repo, revision=commit)
-        except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
-            if not os.path.isdir(folder):
-                raise
-            return _held(folder)
-        return {
-            one.path: RemoteFile(one.size, one.lfs.sha256 if one.lfs else one.blob_id)
-            for one in found
-            if isinstance(one, RepoFile)
-        }
+            found: list[Any] = list(self.api.list_repo_tree(repo, recursive=True, revision=commit))
+        except (OfflineModeIsEnabled, httpx2.TransportError):
+            try:
+                found = list(get_cached_repo_tree(repo, revision=commit))
+            except CachedRepoTreeNotFoundError:
+                if not os.path.isdir(folder):
+                    raise
+                return _held(folder)
+        return {one.path: _remote_file(one) for one in found if isinstance(one, RepoFile)}
 
     def fetch(self, snapshot: Snapshot, names: Sequence[str]) -> None:
         """Have files in the shared cache."""
         missing = [name for name in names if not os.path.exists(os.path.join(snapshot.folder, name))]
         if not missing:
             return
-        origin = snapshot.origin
         self._require_room(sum(snapshot.files[name].size for name in missing), snapshot.folder)
-        with told(origin.repo, self.api.endpoint):
-            self.api.snapshot_download(
-                origin.repo,
-                revision=origin.commit,
-                allow_patterns=[glob.escape(name) for name in missing],
-            )
+        self._download(snapshot, missing)
         absent = [name for name in missing if not os.path.exists(os.path.join(snapshot.folder, name))]
         if absent:
-            raise HubFailed(f"{origin.repo}: {absent[0]} was not downloaded; run the same command again")
+            raise HubFailed(f"{snapshot.origin.repo}: {absent[0]} was not downloaded; run the same command again")
 
     def _require_room(self, nbytes: int, folder: str) -> None:
         while not os.path.isdir(folder):
@@ -195,14 +187,21 @@ class Hub:
     def fetch_all(self, snapshot: Snapshot, names: Sequence[str], folder: str) -> None:
         """Download files into a folder; goes on from what is there of them."""
         self._require_room(sum(snapshot.files[name].size for name in names), folder)
-        origin = snapshot.origin
-        with told(origin.repo, self.api.endpoint):
-            self.api.snapshot_download(
-                origin.repo,
-                revision=origin.commit,
-                allow_patterns=[glob.escape(name) for name in names],
-                local_dir=folder,
-            )
+        self._download(snapshot, names, folder)
+
+    def _download(self, snapshot: Snapshot, names: Sequence[str], folder: str | None = None) -> None:
+        """Download small files side by side, then large ones one by one: a kill loses what is under way."""
+        large = [name for name in names if snapshot.files[name].is_large]
+        for some, workers in (([name for name in names if name not in large], 8), (large, 1)):
+            if some:
+                with told(snapshot.origin.repo, self.api.endpoint):
+                    self.api.snapshot_download(
+                        snapshot.origin.repo,
+                        revision=snapshot.origin.commit,
+                        allow_patterns=[glob.escape(name) for name in some],
+                        max_workers=workers,
+                        local_dir=folder,
+                    )
 
     def reader(self, snapshot: Snapshot, name: str) -> Callable[[int], bytes]:
         """A function that returns the next n bytes of a file, from its first on, by few requests for ranges."""
@@ -236,19 +235,19 @@ class Hub:
         return bytes(got[:count])
 
 
+def _remote_file(file: RepoFile) -> RemoteFile:
+    is_large = file.lfs is not None or file.xet_hash is not None
+    return RemoteFile(file.size, file.blob_id, is_large, file.lfs.sha256 if file.lfs else None)
+
+
 def _held(folder: str) -> dict[str, RemoteFile]:
-    """The files that are in a folder of the cache."""
+    """The files that are in a folder of the cache, each a link to a file that is called by its digest."""
     found = {}
     for root, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(root, name)
-            if not os.path.isfile(path):
-                continue
-            size = os.path.getsize(path)
-            small = len(os.path.basename(os.path.realpath(path))) == hashlib.sha1().digest_size * 2
-            sha = hashlib.sha1(b"blob %d\0" % size) if small else hashlib.sha256()
-            with open(path, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    sha.update(block)
-            found[os.path.relpath(path, folder).replace(os.sep, "/")] = RemoteFile(size, sha.hexdigest())
+            if os.path.isfile(path):
+                size, is_large = os.path.getsize(path), len(os.path.basename(os.path.realpath(path))) == 64
+                digest = pointer_name(path) if is_large else git_name(path)
+                found[os.path.relpath(path, folder).replace(os.sep, "/")] = RemoteFile(size, digest, is_large)
     return found

@@ -116,9 +116,10 @@ def _unreachable(where: str, endpoint: str, error: Exception) -> HubFailed:
             f"{where} is not in the cache, or not all of it, and the Hub must not be asked (HF_HUB_OFFLINE); "
             "download it first, or unset that"
         )
+    why = type(error.__cause__ or error).__name__
     return HubFailed(
-        f"{endpoint} cannot be reached for {where} ({type(error.__cause__ or error).__name__}); if a path was meant, it does not exist; "
-        "else check the network, and run the same command again"
+        f"{endpoint} cannot be reached for {where} ({why}); if a path was meant, it does not exist; else check the "
+        "network, and run the same command again"
     )
 
 

@@ -90,10 +90,13 @@ def require_valid(hub: Hub, target: Target, card: str) -> None:
         hub.api._validate_yaml(card, repo_type="model")
 
 
-def files_at(hub: Hub, target: Target) -> list[str]:
-    """The files of a target's branch."""
+def files_at(hub: Hub, target: Target) -> dict[str, str]:
+    """The files of a target's branch, and their digests: SHA-256 of large ones, Git's SHA-1 of small ones."""
+    from huggingface_hub import RepoFile
+
     with told(target.repo, hub.api.endpoint):
-        return hub.api.list_repo_files(target.repo, revision=target.head)
+        tree = list(hub.api.list_repo_tree(target.repo, recursive=True, revision=target.head))
+    return {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in tree if isinstance(one, RepoFile)}
 
 
 def commit(hub: Hub, target: Target, operations: Sequence[Operation], message: str) -> Pushed:
