@@ -261,20 +261,40 @@ def _no_weights(folder: str, names: list[str]) -> LorasmithError:
     return MissingFile(f"{folder} holds no *.safetensors file; is it a model folder, and was it downloaded completely?")
 
 
-def _open_shards(
-    folder: Folder, index_name: str, index: Mapping[str, Any]
-) -> tuple[tuple[Header, ...], tuple[str, ...]]:
+def model_files(folder: Folder) -> list[str]:
+    """The names of the files that a model in a folder consists of: its weights, as transformers would load them, and
+    what belongs to them. No weights are read.
+    """
+    names = folder.names()
+    config = read_json(folder.here("config.json")) if "config.json" in names else {}
+    weights = choose_weights(folder.name, names, config)
+    shards = [weights]
+    if weights.endswith(".index.json"):
+        shards = sorted(_placed(folder, weights, read_json(folder.here(weights))))
+    return [*dict.fromkeys([*shards, weights, *_side_files(folder, shards)])]
+
+
+def _placed(folder: Folder, index_name: str, index: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The shards of an index, and the tensors that it places in each."""
     where = os.path.join(folder.path, index_name)
     ending = ".safetensors" if index_name.endswith(INDEX_SUFFIX) else ".bin"
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadFile(f"{where} has no weight_map")
+    placed: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_inside(shard) or not shard.endswith(ending):
             raise BadFile(f"{where} places tensor {name!r} in {shard!r}, which is no {ending} file of this folder")
-    placed: dict[str, list[str]] = {}
-    for name, shard in weight_map.items():
         placed.setdefault(shard, []).append(name)
+    return placed
+
+
+def _open_shards(
+    folder: Folder, index_name: str, index: Mapping[str, Any]
+) -> tuple[tuple[Header, ...], tuple[str, ...]]:
+    where = os.path.join(folder.path, index_name)
+    placed = _placed(folder, index_name, index)
+    weight_map = index["weight_map"]
     files = sorted(placed)
     missing = [name for name in files if not folder.has(name)]
     if missing:

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from lorasmith.card import adapter_card, model_card
-from lorasmith.checkpoint import TOKENIZER_FILES, OnDisk, names_in, open_checkpoint, require_path
+from lorasmith.checkpoint import TOKENIZER_FILES, OnDisk, model_files, names_in, require_path
 from lorasmith.errors import BadFile, BadOption, HubFailed
 from lorasmith.formats import ADAPTER_FILES, adapter_file
 from lorasmith.hub import Hub, reference
@@ -285,10 +285,7 @@ def files_of(path: str) -> Iterator[tuple[str, str]]:
         found = {name: os.path.join(path, name) for name in (adapter_file(OnDisk(path)), ADAPTER_CONFIG)}
         found |= {name: os.path.join(path, name) for name in TOKENIZER_FILES}
     else:
-        model = open_checkpoint(path)
-        found = {os.path.relpath(file, path).replace(os.sep, "/"): file for file in model.files}
-        found |= {model.index_name: os.path.join(path, model.index_name)} if model.index_name else {}
-        found |= dict(model.side_files)
+        found = {name: os.path.join(path, *name.split("/")) for name in model_files(OnDisk(path))}
     found |= {name: os.path.join(path, name) for name in (CARD, PROVENANCE)}
     yield from ((name, file) for name, file in found.items() if os.path.isfile(file))
 

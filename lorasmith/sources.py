@@ -13,6 +13,7 @@ from lorasmith.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
     checked,
+    model_files,
     open_checkpoint,
     open_file,
     open_folder,
@@ -157,10 +158,7 @@ class Sources:
         also = [folder.at(name) for name in beside if folder.is_file(name)]
         if any(folder.is_file(name) for name in (ADAPTER_CONFIG, *ADAPTER_FILES)):
             return snapshot, [*self._adapter_files(snapshot), *also]
-        model = self.open_base(path)
-        found = [self.name_of(file) for file in (*model.files, *model.side_files.values())]
-        index = [folder.at(model.index_name)] if model.index_name else []
-        return snapshot, [*(name for name in found if name is not None), *index, *also]
+        return snapshot, [*map(folder.at, model_files(folder)), *also]
 
     def beside_base(self, name: str, path: str) -> str | None:
         """The path of another file of the base's folder or repository, fetched if need be; None if it has none."""

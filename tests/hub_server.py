@@ -512,7 +512,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._repository(name)
         files = self._json()["files"]
         failed = [] if self.hub.copies else files
-        self._answer({"failed": [{**one, "reason": "another storage region"} for one in failed]})
+        self._answer({"failed": [{**one, "error": "another storage region"} for one in failed]})
 
     def token_for_xet(self, name: str) -> None:
         facts = {"casUrl": f"local://{self.hub.cas}", "accessToken": "cas", "exp": int(time.time()) + 3600}
