@@ -324,16 +324,32 @@ def test_an_upload_that_fails_is_an_error_and_the_rerun_sends_only_what_is_missi
     assert nothing_left(tmp_path, home)
 
 
-@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["cache", "stream"])
-@pytest.mark.parametrize("out", [[], ["-o", "out"]], ids=["push", "push and keep"])
+DOWNLOAD, UPLOAD = ("GET", r"model-00004.*safetensors"), ("PUT", PUT)
+BEFORE, COMMIT = ("POST", "lfs/objects/batch"), ("POST", "/commit/")
+KEEP, STREAM = ["-o", "out"], ["--stream"]
+KILLS = [
+    ("a download", DOWNLOAD, [], STREAM), ("a download", DOWNLOAD, KEEP, []), ("an upload", UPLOAD, [], STREAM),
+    ("the commit", COMMIT, [], []),
+]  # fmt: skip
+MORE_KILLS = [
+    (during, request, out, stream)
+    for during, request in (
+        ("a download", DOWNLOAD), ("an upload", UPLOAD), ("what precedes an upload", BEFORE), ("the commit", COMMIT)
+    )
+    for out in ([], KEEP) for stream in ([], STREAM)
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("method", "pattern"),
-    [("GET", r"model-00004.*safetensors"), ("PUT", PUT), ("POST", "/commit/"), ("POST", "lfs/objects/batch")],
-    ids=["download", "upload", "commit", "before an upload"],
+    ("during", "request_", "out", "stream"),
+    [*KILLS, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE_KILLS if one not in KILLS)],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:10] or "-",
 )
 def test_a_kill_costs_one_shard_at_most(
-    hub: Hub, made: Path, tmp_path: Path, home: Path, method: str, pattern: str, out: list[str], stream: list[str]
-) -> None:
+    hub: Hub, made: Path, tmp_path: Path, home: Path, during: str, request_: tuple[str, str], out: list[str],
+    stream: list[str],
+) -> None:  # fmt: skip
+    method, pattern = request_
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITER, "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip

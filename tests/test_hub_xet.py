@@ -40,7 +40,7 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
 def stored(hub: Hub) -> int:
     """Bytes in the store."""
     assert hub.cas is not None
-    return sum(file.stat().st_size for file in hub.cas.rglob("*") if file.is_file() and file.suffix != ".mdb")
+    return sum(file.stat().st_size for file in hub.cas.rglob("default.*") if file.suffix != ".tagset")
 
 
 def pulled(run: Run, tmp_path: Path, repo: str) -> dict[str, bytes]:
