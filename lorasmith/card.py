@@ -88,7 +88,8 @@ def _adapters(record: Mapping[str, Any]) -> Iterator[str]:
     for one in record.get("adapters", ()):
         name = _link(one["repo"]) if "repo" in one else f"local, SHA-256 `{one['sha256'][:12]}…`"
         commit = f"`{one['commit'][:12]}`" if "commit" in one else ""
-        cells = [name, commit, f"{one['weight']:g}", ", ".join(one["kinds"]), _span(one["rank"]), _span(one["scale"])]
+        ranges = [_span(one[key]) if key in one else "" for key in ("rank", "scale")]
+        cells = [name, commit, f"{one.get('weight', 1):g}", ", ".join(one.get("kinds", ())), *ranges]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -19,7 +19,7 @@ from lorasmith.execution.workplace import Workplace
 from lorasmith.hub.writing import check_writable, require_valid
 from lorasmith.jsonfile import open_regular
 from lorasmith.pushing import CARD, Upload, read_card, target, untouched
-from lorasmith.records import Output, Plan, Pushed, Survival, Write
+from lorasmith.records import Output, Plan, Progress, Pushed, Survival, Write
 from lorasmith.sidefiles import PROVENANCE
 from lorasmith.sources import Sources, side_paths
 from lorasmith.streaming import Stream, most_room
@@ -72,7 +72,7 @@ class Delivery:
 
     def room(self, plan: Plan) -> int:
         """The most bytes that this takes where the result grows."""
-        passing = most_room(plan) if self._streams else 0
+        passing = most_room(plan, stays=self._out is not None) if self._streams else 0
         beside = sum(file.size for file in plan.side_files)
         if self._out is not None:
             return plan.bytes_written + passing
@@ -89,7 +89,7 @@ class Delivery:
         return sum(size for file, size in files.items() if not os.path.exists(file))
 
     @contextlib.contextmanager
-    def prepared(self, plan: Plan) -> Iterator[None]:
+    def prepared(self, plan: Plan, progress: Callable[[Progress], None] | None = None) -> Iterator[None]:
         """Make sure of the right to push, and fetch what must be here before the run; ends what goes on after it."""
         self.check(plan)
         self._plan = plan
@@ -99,9 +99,8 @@ class Delivery:
             if plan.base_origin is not None:
                 self._copies = untouched(plan)
         self._work = self._without_copies(plan)
-        if not self._streams:
-            self._sources.fetch(file for output in self._work.outputs for file in sources_of(output))
-        self._sources.fetch(side_paths(plan))
+        needed = [] if self._streams else [file for output in self._work.outputs for file in sources_of(output)]
+        self._sources.fetch([*side_paths(plan), *needed], progress)
         try:
             yield
         finally:

@@ -109,7 +109,7 @@ def merge(
     takes = _resources(plan_, budget, delivery)
     if planned is not None:
         planned(plan_, takes)
-    with delivery.prepared(plan_), claim(delivery.place, overwrite=overwrite) as place:
+    with delivery.prepared(plan_, progress), claim(delivery.place, overwrite=overwrite) as place:
 
         def finished(output: Output, samples: list[Sample]) -> None:
             _require_unchanged(plan_)  # before it is noted: a later run takes up what is
@@ -175,7 +175,8 @@ def _plan(
     for path, _ in weighted:
         sources.require(path)
     if out is not None:
-        inputs = [checkpoint.folder or checkpoint.files[0], *(path for path, _ in weighted)]
+        here = [path for path, _ in weighted if sources.reference(path) is None]
+        inputs = [checkpoint.folder or checkpoint.files[0], *here]
         check_output(os.fspath(out), inputs, single_file=checkpoint.folder is None, overwrite=overwrite)
     return build_plan(checkpoint, [(sources.read_adapter(path), weight) for path, weight in weighted], options)
 

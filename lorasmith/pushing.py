@@ -24,6 +24,7 @@ from lorasmith.hub.writing import (
     CannotCopy,
     Target,
     addition,
+    check_writable,
     commit,
     copy_of,
     deletion_of,
@@ -63,6 +64,11 @@ def target(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise BadOption(f"{repo!r} is no name of a repository to push to; write it like me/name")
     return Target(name, revision, private, create_pr, commit_message)
+
+
+def require_right(to: Target, *, token: str | None = None, endpoint: str | None = None) -> None:
+    """Raise HubRefused unless the token may push to a target: a command that works long asks before it begins."""
+    check_writable(Hub(endpoint, token), to)
 
 
 class Upload:

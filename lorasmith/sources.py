@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from lorasmith.checkpoint import (
 from lorasmith.errors import BadOption, LorasmithError, MissingFile, listed
 from lorasmith.formats import ADAPTER_FILES, adapter_file, read_adapter
 from lorasmith.hub import Hub, Reference, Snapshot, reference
-from lorasmith.records import Origin
+from lorasmith.records import Origin, Progress
 from lorasmith.safefile import Header, parse_header
 from lorasmith.weightfile import read_weights
 
@@ -186,11 +187,22 @@ class Sources:
         assert name is not None
         return name, self.base.origin, self.base.files[name].sha256 or ""
 
-    def fetch(self, paths: Iterable[str]) -> None:
+    def fetch(self, paths: Iterable[str], progress: Callable[[Progress], None] | None = None) -> None:
         """Have those files of the base in the cache that are on the Hub."""
-        names = [name for name in map(self.name_of, paths) if name is not None]
-        if self.base is not None and names:
-            self.hub.fetch(self.base, names)
+        names = list(dict.fromkeys(name for name in map(self.name_of, paths) if name is not None))
+        if self.base is None or not names:
+            return
+        folder, files, began = self.base.folder, self.base.files, time.monotonic()
+        total = sum(files[name].size for name in names if not os.path.exists(os.path.join(folder, name)))
+        done = 0
+
+        def moved(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(Progress(min(done, total), total, time.monotonic() - began))
+
+        self.hub.fetch(self.base, names, moved)
 
     def fetch_into(self, path: str, folder: str, stopped: Callable[[], bool]) -> str:
         """Download a file of the base, known by its path in the cache, into a folder; returns its path there."""

@@ -71,9 +71,11 @@ class Stream:
             self._room.release()
 
 
-def most_room(plan: Plan) -> int:
-    """The most bytes that pass through the disk at a time."""
+def most_room(plan: Plan, *, stays: bool) -> int:
+    """The most bytes that pass through the disk at a time; the result's own count where it does not stay there."""
     largest = max((size for _, size, _ in plan.base_files), default=0)
+    if stays:
+        return IN_HOUSE * largest
     return largest + IN_HOUSE * max((largest, *(output.size for output in plan.outputs)))
 
 

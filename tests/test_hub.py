@@ -308,6 +308,27 @@ def test_what_was_downloaded_is_used_again(hub: Hub, at: dict[str, str], made: P
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
 
 
+def test_progress_tells_of_the_download_and_then_of_the_merge(hub: Hub, at: dict[str, str], tmp_path: Path) -> None:
+    events: list[lorasmith.Progress] = []
+    lorasmith.plan("org/base", "me/lora", **at)
+    hub.requests.clear()
+    report = lorasmith.merge("org/base", "me/lora", tmp_path / "out", progress=events.append, **at)
+    moved = sum(one.sent for one in hub.asked("GET", "/org/base/resolve") if one.span != "bytes=0-65535")
+    first, last = events[0].total, events[-1].total
+    assert moved == first != last
+    shards = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert last == shards < report.bytes_written
+    done = [event.done for event in events if event.total == first]
+    assert done == sorted(done)
+    assert done[-1] == first
+    assert len(done) >= 4
+
+
+def test_an_output_called_like_an_owner_is_no_input(hub: Hub, at: dict[str, str], tmp_path: Path) -> None:
+    lorasmith.merge("org/base", "me/lora", "me", **at)
+    assert (tmp_path / "me" / "config.json").is_file()
+
+
 def test_a_plan_has_the_hash_of_the_merge_before_and_after_the_download(
     hub: Hub, at: dict[str, str], made: Path, tmp_path: Path
 ) -> None:

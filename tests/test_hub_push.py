@@ -275,6 +275,16 @@ def test_wrong_usage_is_found_before_anything_is_asked_for(hub: Hub, run: Run, a
     assert hub.requests == []
 
 
+def test_offline_nothing_is_pushed(hub: Hub, run: Run, tmp_path: Path) -> None:
+    run("pull", "org/base")
+    run("pull", "me/lora")
+    hub.requests.clear()
+    done = run("merge", "org/base", "me/lora", "--push", "me/merged", "-o", "out", code=1, HF_HUB_OFFLINE="1")
+    assert re.fullmatch(r"Merging.*\nError: the Hub must not be asked \(HF_HUB_OFFLINE\).*me/merged.*\n", done.stderr)
+    assert hub.requests == []
+    assert os.listdir(tmp_path) == ["home"]
+
+
 def test_streaming_a_base_that_is_here_is_wrong_usage(hub: Hub, at: dict[str, str], made: Path, tmp_path: Path) -> None:
     with pytest.raises(lorasmith.BadOption, match="on the disk already"):
         lorasmith.merge(made / "base", "me/lora", tmp_path / "out", stream=True, **at)

@@ -140,6 +140,9 @@ class _Bar:
         self._bar: Any = None
 
     def __call__(self, progress: Progress) -> None:
+        if self._bar is not None and self._bar.total != progress.total:  # a download, then the merge
+            self.close()
+            self._bar = None
         if self._bar is None:
             from tqdm import tqdm
 
@@ -160,6 +163,8 @@ class _Log:
         self._next = LOG_SECONDS
 
     def __call__(self, progress: Progress) -> None:
+        if progress.seconds < self._next - LOG_SECONDS:  # a download, then the merge
+            self._next = LOG_SECONDS
         if progress.seconds < self._next or progress.done == progress.total:
             return
         self._next = progress.seconds + LOG_SECONDS

@@ -149,13 +149,15 @@ class Hub:
                 return _held(folder)
         return {one.path: _remote_file(one) for one in found if isinstance(one, RepoFile)}
 
-    def fetch(self, snapshot: Snapshot, names: Sequence[str]) -> None:
-        """Have files in the shared cache."""
+    def fetch(
+        self, snapshot: Snapshot, names: Sequence[str], moved: Callable[[int], None] = lambda nbytes: None
+    ) -> None:
+        """Have files in the shared cache; ``moved`` is told of bytes as they come."""
         missing = [name for name in names if not os.path.exists(os.path.join(snapshot.folder, name))]
         if not missing:
             return
         self._require_room(sum(snapshot.files[name].size for name in missing), snapshot.folder)
-        self._download(snapshot, missing)
+        self._download(snapshot, missing, None, moved)
         absent = [name for name in missing if not os.path.exists(os.path.join(snapshot.folder, name))]
         if absent:
             raise HubFailed(f"{snapshot.origin.repo}: {absent[0]} was not downloaded; run the same command again")
@@ -172,36 +174,44 @@ class Hub:
             )
 
     def fetch_into(self, snapshot: Snapshot, name: str, folder: str, stopped: Callable[[], bool]) -> str:
-        """Download one file into a folder and return its path; goes on from what is there of it."""
-        with told(snapshot.origin.repo, self.api.endpoint):
-            return str(
-                self.api.hf_hub_download(
-                    snapshot.origin.repo,
-                    name,
-                    revision=snapshot.origin.commit,
-                    local_dir=folder,
-                    tqdm_class=silent_bar(stopped),
-                )
-            )
+        """Download one file into a folder and return its path."""
+
+        def moved(nbytes: int) -> None:
+            if stopped():
+                raise HubFailed("the download was given up, as the run has ended")
+
+        return self._download_one(snapshot, name, folder, moved)
 
     def fetch_all(self, snapshot: Snapshot, names: Sequence[str], folder: str) -> None:
-        """Download files into a folder; goes on from what is there of them."""
+        """Download files into a folder; those that are there, whole, are not downloaded again."""
         self._require_room(sum(snapshot.files[name].size for name in names), folder)
-        self._download(snapshot, names, folder)
+        self._download(snapshot, names, folder, lambda nbytes: None)
 
-    def _download(self, snapshot: Snapshot, names: Sequence[str], folder: str | None = None) -> None:
+    def _download(
+        self, snapshot: Snapshot, names: Sequence[str], folder: str | None, moved: Callable[[int], None]
+    ) -> None:
         """Download small files side by side, then large ones one by one: a kill loses what is under way."""
-        large = [name for name in names if snapshot.files[name].is_large]
-        for some, workers in (([name for name in names if name not in large], 8), (large, 1)):
-            if some:
-                with told(snapshot.origin.repo, self.api.endpoint):
-                    self.api.snapshot_download(
-                        snapshot.origin.repo,
-                        revision=snapshot.origin.commit,
-                        allow_patterns=[glob.escape(name) for name in some],
-                        max_workers=workers,
-                        local_dir=folder,
-                    )
+        small = [name for name in names if not snapshot.files[name].is_large]
+        if small:
+            patterns = [glob.escape(name) for name in small]
+            with told(snapshot.origin.repo, self.api.endpoint):
+                self.api.snapshot_download(
+                    snapshot.origin.repo, revision=snapshot.origin.commit, allow_patterns=patterns, local_dir=folder
+                )
+            moved(sum(snapshot.files[name].size for name in small))
+        for name in names:
+            if snapshot.files[name].is_large:
+                self._download_one(snapshot, name, folder, moved)
+
+    def _download_one(self, snapshot: Snapshot, name: str, folder: str | None, moved: Callable[[int], None]) -> str:
+        with told(snapshot.origin.repo, self.api.endpoint):
+            return self.api.hf_hub_download(
+                snapshot.origin.repo,
+                name,
+                revision=snapshot.origin.commit,
+                local_dir=folder,
+                tqdm_class=silent_bar(moved),
+            )
 
     def reader(self, snapshot: Snapshot, name: str) -> Callable[[int], bytes]:
         """A function that returns the next n bytes of a file, from its first on, by few requests for ranges."""

@@ -45,6 +45,8 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
 
     where = f"{repo}@{revision}" if revision else repo
     match error:
+        case errors.OfflineModeIsEnabled() if wanted == "to push to it":
+            return HubFailed(f"the Hub must not be asked (HF_HUB_OFFLINE), so nothing goes to {repo}; unset that")
         case errors.OfflineModeIsEnabled() | errors.IncompleteSnapshotError() | errors.LocalEntryNotFoundError():
             return _unreachable(where, endpoint, error)
         case errors.RevisionResolutionError():

@@ -32,7 +32,7 @@ class Target:
 
 def check_writable(hub: Hub, target: Target) -> None:
     """Raise HubRefused unless the token may write to a repository, which need not exist; makes nothing."""
-    with told(target.repo, hub.api.endpoint):
+    with told(target.repo, hub.api.endpoint, wanted="to push to it"):
         name = hub.api.whoami()["name"]
         if target.create_pr or not hub.api.repo_exists(target.repo):
             return
