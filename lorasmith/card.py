@@ -115,8 +115,10 @@ def _command(record: Mapping[str, Any]) -> str | None:
         return None
     weights = ["" if one["weight"] == 1 else f":{one['weight']:g}" for one in inputs]
     names = [_name(record, "base_"), *(_name(one, "") + weight for one, weight in zip(inputs, weights, strict=True))]
-    dtype = "" if record.get("dtype", "keep") == "keep" else f" --dtype {record['dtype']}"
-    return f"lorasmith merge {' '.join(names)} -o merged{dtype}"
+    options = "" if record.get("dtype", "keep") == "keep" else f" --dtype {record['dtype']}"
+    if record.get("max_shard_size"):
+        options += f" --max-shard-size {record['max_shard_size']}"
+    return f"lorasmith merge {' '.join(names)} -o merged{options}"
 
 
 def _name(facts: Mapping[str, Any], prefix: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -104,6 +104,9 @@ class Folder(Protocol):
     def weights(self, name: str) -> tuple[Header, tuple[str, ...]]:
         """The header of a file of weights, and notes on it."""
 
+    def all_weights(self, names: Sequence[str]) -> list[tuple[Header, tuple[str, ...]]]:
+        """The same for several."""
+
 
 class OnDisk:
     """A folder of this machine."""
@@ -134,6 +137,10 @@ class OnDisk:
     def weights(self, name: str) -> tuple[Header, tuple[str, ...]]:
         """What ``read_weights`` gives."""
         return read_weights(self._at(name))
+
+    def all_weights(self, names: Sequence[str]) -> list[tuple[Header, tuple[str, ...]]]:
+        """What it gives for each."""
+        return [self.weights(name) for name in names]
 
     def _at(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -302,7 +309,7 @@ def _open_shards(
             f"{where} names {len(missing)} of {len(files)} shards that are not there: {listed(missing)}; "
             "the download is incomplete"
         )
-    read = [folder.weights(name) for name in files]
+    read = folder.all_weights(files)
     shards = tuple(header for header, _ in read)
     for file, header in zip(files, shards, strict=True):
         present = {entry.name for entry in header.entries}

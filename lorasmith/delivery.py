@@ -63,12 +63,15 @@ class Delivery:
 
     def check(self, plan: Plan) -> None:
         """Raise what ``prepared`` would, as far as it can be known without making anything."""
+        self._check_stream(plan)
+        if self._target is not None:
+            check_writable(self._sources.hub, self._target)
+
+    def _check_stream(self, plan: Plan) -> None:
         if self._streams and plan.base_origin is None:
             raise BadOption("--stream is for a base on the Hub; this one is on the disk already")
         if self._streams and not all(file.endswith(".safetensors") for file, _, _ in plan.base_files):
             raise BadOption("--stream needs safetensors; pickled weights are downloaded whole to be read")
-        if self._target is not None:
-            check_writable(self._sources.hub, self._target)
 
     def room(self, plan: Plan) -> int:
         """The most bytes that this takes where the result grows."""
@@ -91,7 +94,7 @@ class Delivery:
     @contextlib.contextmanager
     def prepared(self, plan: Plan, progress: Callable[[Progress], None] | None = None) -> Iterator[None]:
         """Make sure of the right to push, and fetch what must be here before the run; ends what goes on after it."""
-        self.check(plan)
+        self._check_stream(plan)
         self._plan = plan
         if self._target is not None:
             require_valid(self._sources.hub, self._target, self._card or self._text(None))

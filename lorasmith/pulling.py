@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 
-from lorasmith.errors import OutputExists
-from lorasmith.execution.destination import is_empty
-from lorasmith.execution.renaming import remove, sync_folder
+from lorasmith.execution.destination import check_output
+from lorasmith.execution.renaming import remove
+from lorasmith.execution.workplace import claim
 from lorasmith.sources import Sources
 
 BESIDE = ("README.md", "lorasmith.json")
@@ -34,22 +32,10 @@ def pull(
     if out is None:
         sources.hub.fetch(snapshot, names)
         return os.path.join(snapshot.folder, *snapshot.origin.inside.split("/")).rstrip(os.sep)
-    target = os.path.realpath(os.fspath(out))
-    _require_free(os.fspath(out), target)
-    part = f"{target}.partial"
-    sources.hub.fetch_all(snapshot, names, part)
-    inside = os.path.join(part, *snapshot.origin.inside.split("/")) if snapshot.origin.inside else part
-    remove(os.path.join(part, ".cache"))
-    _require_free(os.fspath(out), target)
-    with contextlib.suppress(FileNotFoundError):
-        os.rmdir(target)
-    for root, _, _ in os.walk(inside):
-        sync_folder(root)
-    os.rename(inside, target)
-    shutil.rmtree(part, ignore_errors=True)
+    inputs = [os.path.dirname(os.path.dirname(snapshot.folder))]
+    check_output(os.fspath(out), inputs, single_file=False, overwrite=False)
+    with claim(os.fspath(out), overwrite=False) as place:
+        sources.hub.fetch_all(snapshot, names, place.scratch)
+        remove(os.path.join(place.scratch, ".cache"))
+        place.adopt(os.path.join(place.scratch, *snapshot.origin.inside.split("/")).rstrip(os.sep))
     return os.fspath(out)
-
-
-def _require_free(out: str, target: str) -> None:
-    if os.path.lexists(target) and not is_empty(target):
-        raise OutputExists(f"{out} exists already; choose another output")

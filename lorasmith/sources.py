@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from lorasmith.records import Plan
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+SIDE_BY_SIDE = 8
+"""Requests for headers at a time."""
 
 
 class OnHub:
@@ -72,6 +76,11 @@ class OnHub:
             return parse_header(path, self._hub.reader(self._snapshot, self.at(name)), size, 0), ()
         header, notes = read_weights(self.here(name))
         return replace(header, mtime_ns=0), notes
+
+    def all_weights(self, names: Sequence[str]) -> list[tuple[Header, tuple[str, ...]]]:
+        """The headers of several files, asked for side by side."""
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            return list(pool.map(self.weights, names))
 
     def at(self, name: str) -> str:
         """What the repository calls it."""

@@ -128,6 +128,7 @@ class Hub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.copies = True
+        self.signature = ""
         self.ranges = True
         self.cas = folder / "cas" if xet else None
         self.lock = threading.RLock()
@@ -490,7 +491,7 @@ class _Handler(BaseHTTPRequestHandler):
         for one in self._json()["objects"]:
             answer = {"oid": one["oid"], "size": one["size"]}
             if one["oid"] not in self.hub.large:
-                upload = {"href": f"{self.hub.url}/lfs/{one['oid']}"}
+                upload = {"href": f"{self.hub.url}/lfs/{one['oid']}{self.hub.signature}"}
                 answer["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/lfs/{one['oid']}/verify"}}
             objects.append(answer)
         self._answer({"transfer": "basic", "objects": objects})

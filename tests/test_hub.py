@@ -527,6 +527,21 @@ def test_a_pull_that_broke_off_goes_on(hub: Hub, at: dict[str, str], made: Path,
     assert len(got) == len(set(got))
 
 
+def test_a_pull_leaves_alone_what_is_in_its_way(hub: Hub, at: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "pulled.partial").mkdir()
+    (tmp_path / "pulled.partial" / "half a thesis.tex").write_text("mine")
+    before = tree(tmp_path / "pulled.partial")
+    with pytest.raises(lorasmith.OutputExists, match="was not made by lorasmith"):
+        lorasmith.pull("org/base", tmp_path / "pulled", **at)
+    assert tree(tmp_path / "pulled.partial") == before
+    (tmp_path / "empty").mkdir()
+    lorasmith.pull("org/base/config.json", tmp_path / "config.json", **at)
+    lorasmith.pull("org/base", tmp_path / "empty", **at)
+    assert (tmp_path / "empty" / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+    with pytest.raises(lorasmith.OutputExists):
+        lorasmith.pull("org/base", tmp_path, **at)
+
+
 def test_the_client_s_own_cache_check_finds_nothing_wrong(hub: Hub, run: Run, home: Path) -> None:
     run("pull", "org/base")
     from huggingface_hub import scan_cache_dir

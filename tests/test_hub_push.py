@@ -387,6 +387,37 @@ def test_a_kill_costs_one_shard_at_most(
     assert set(os.listdir(home)) <= {"hub", "xet", "logs"}
 
 
+def test_ctrl_c_ends_a_stream_soon_and_the_same_command_goes_on(
+    hub: Hub, run: Run, made: Path, tmp_path: Path, home: Path
+) -> None:
+    arguments = ["merge", "org/base", "me/lora", "--push", "me/merged", "--stream"]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITER,
+                   "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    running: list[subprocess.Popen[str]] = []
+    hub.fault("GET", "model-00005.*safetensors")
+    hub.fault("GET", "model-00005.*safetensors", act=lambda: running[0].send_signal(signal.SIGINT), wait=1)
+    running.append(
+        subprocess.Popen([SCRIPT, *arguments], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    )
+    _, said = running[0].communicate(timeout=30)
+    assert running[0].returncode == 130
+    assert re.fullmatch(r"Down.*\n+Error: interrupted; .*\n", said)
+    assert hub.asked("POST", "/commit/") == []
+    before = len(sent(hub))
+    run(*arguments, token=WRITER)
+    assert len(sent(hub)) == len(set(sent(hub))) == len(changed(made)) > before > 0
+    assert same(hub, made / "merged")
+    assert nothing_left(tmp_path, home)
+
+
+def test_addresses_with_signatures_are_not_shown(hub: Hub, run: Run, made: Path) -> None:
+    hub.signature = "?X-Amz-Signature=secret"
+    hub.fault("PUT", PUT, status=403, times=99)
+    done = run("merge", "org/base", "me/lora", "--push", "me/merged", code=1, token=WRITER)
+    assert re.search(r"\nError: .*me/merged.*\n$", done.stderr)
+    assert "secret" not in done.stderr
+
+
 def test_what_the_hub_has_lost_is_sent_again(hub: Hub, run: Run, made: Path, tmp_path: Path, home: Path) -> None:
     hub.fault("POST", "/commit/", status=500)
     arguments = ("merge", "org/base", "me/lora", "--push", "me/merged")

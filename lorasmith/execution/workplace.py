@@ -163,6 +163,23 @@ class Workplace:
             self.published = True
         self.remove()
 
+    def adopt(self, made: str) -> None:
+        """Make a folder or a file, made in ``scratch`` by others, the output, and remove the partial folder."""
+        require_free(self._out, self._target, overwrite=False)
+        sync_folder(made)
+        for root, _, names in os.walk(made):
+            for name in names:
+                sync_folder(os.path.join(root, name))
+            sync_folder(root)
+        if self._is_mount:
+            move_into(made, self._target)
+        else:
+            if os.path.isdir(self._target):
+                os.rmdir(self._target)
+            os.rename(made, self._target)
+            sync_folder(os.path.dirname(self._target))
+        self.remove()
+
     def _disturbed(self) -> IOFailed:
         return IOFailed(
             errno.ENOENT,

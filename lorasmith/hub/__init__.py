@@ -12,7 +12,6 @@ The client is loaded when a name of the Hub is met, not before. Its errors leave
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import glob
 import os
@@ -126,11 +125,16 @@ class Hub:
     def _name_now(self, reference: Reference) -> str:
         """A repository's name, which may be another than it was asked for by; as asked where the Hub is away."""
         import httpx2
+        from huggingface_hub.errors import HfHubHTTPError
 
-        with contextlib.suppress(httpx2.TransportError):
-            info = self.api.model_info(reference.repo, revision=reference.revision)
-            return info.id
-        return reference.repo
+        try:
+            return self.api.model_info(reference.repo, revision=reference.revision).id
+        except httpx2.TransportError:
+            return reference.repo
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500:
+                raise
+            return reference.repo
 
     def _listing(self, repo: str, commit: str, folder: str) -> dict[str, RemoteFile]:
         """The files of a commit; offline, those that the cache knows or holds."""

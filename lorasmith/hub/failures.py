@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,9 @@ from lorasmith.errors import (
     one_line,
 )
 from lorasmith.hub.silence import silence
+
+PUSH = "to push to it"
+"""What a token is wanted for where something is to be pushed."""
 
 
 @contextlib.contextmanager
@@ -45,10 +49,12 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
 
     where = f"{repo}@{revision}" if revision else repo
     match error:
-        case errors.OfflineModeIsEnabled() if wanted == "to push to it":
+        case errors.OfflineModeIsEnabled() if wanted == PUSH:
             return HubFailed(f"the Hub must not be asked (HF_HUB_OFFLINE), so nothing goes to {repo}; unset that")
         case errors.OfflineModeIsEnabled() | errors.IncompleteSnapshotError() | errors.LocalEntryNotFoundError():
             return _unreachable(where, endpoint, error)
+        case errors.RevisionResolutionError(__cause__=errors.HfHubHTTPError() as answer):
+            return _by_status(answer, where, endpoint, wanted)
         case errors.RevisionResolutionError():
             return _unreachable(where, endpoint, error)
         case errors.GatedRepoError():
@@ -85,6 +91,9 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
             )
         case ValueError() if "Invalid metadata in README.md" in str(error):
             return BadOption(f"the Hub refuses the model card for {repo}: {_tail(error)}")
+        case RuntimeError(__cause__=errors.HfHubHTTPError() as answer):  # of the storage, not of the Hub
+            status = answer.response.status_code
+            return HubFailed(f"the transfer of {where} failed (HTTP {status}); run the same command again")
         case RuntimeError() | OSError() | ValueError():
             cause = _tail(error.__cause__ or error)
             return HubFailed(f"the transfer of {where} failed: {cause}; run the same command again to go on from here")
@@ -130,4 +139,5 @@ def _path_of(error: Any) -> str:
 
 
 def _tail(error: BaseException) -> str:
-    return one_line(" ".join(str(error).split()))[:300]
+    """What an error says, without the signatures that addresses carry."""
+    return one_line(re.sub(r"\?\S+", "?…", " ".join(str(error).split())))[:300]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorasmith.errors import LorasmithError
 from lorasmith.hub import Hub
-from lorasmith.hub.failures import told
+from lorasmith.hub.failures import PUSH, told
 from lorasmith.records import Origin, Pushed
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Target:
 
 def check_writable(hub: Hub, target: Target) -> None:
     """Raise HubRefused unless the token may write to a repository, which need not exist; makes nothing."""
-    with told(target.repo, hub.api.endpoint, wanted="to push to it"):
+    with told(target.repo, hub.api.endpoint, wanted=PUSH):
         name = hub.api.whoami()["name"]
         if target.create_pr or not hub.api.repo_exists(target.repo):
             return
@@ -86,7 +86,7 @@ def is_small(added: CommitOperationAdd) -> bool:
 
 def require_valid(hub: Hub, target: Target, card: str) -> None:
     """Raise BadOption for a card that the Hub would refuse, as the client finds out before it commits one."""
-    with told(target.repo, hub.api.endpoint):
+    with told(target.repo, hub.api.endpoint, wanted=PUSH):
         hub.api._validate_yaml(card, repo_type="model")
 
 
