@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lorasmith.adapter import Adapter
     from lorasmith.errors import (
         AdapterMismatch,
         BadFile,
@@ -35,11 +36,17 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from lorasmith.merging import merge, plan
+    from lorasmith.mixing import interference, mix, resize
     from lorasmith.pulling import pull
     from lorasmith.pushing import push
     from lorasmith.records import (
         AdapterUse,
+        Interference,
         MergeReport,
+        MixedAdapter,
+        MixedModule,
+        MixReport,
+        ModuleInterference,
         Origin,
         Plan,
         Progress,
@@ -50,13 +57,20 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "lorasmith.adapter": ("Adapter",),
     "lorasmith.merging": ("merge", "plan"),
     "lorasmith.pulling": ("pull",),
     "lorasmith.pushing": ("push",),
+    "lorasmith.mixing": ("interference", "mix", "resize"),
     "lorasmith.records": (
         "AdapterUse",
+        "Interference",
         "MergeReport",
         "Origin",
+        "MixReport",
+        "MixedAdapter",
+        "MixedModule",
+        "ModuleInterference",
         "Plan",
         "Progress",
         "Pushed",
@@ -86,6 +100,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Adapter",
     "AdapterMismatch",
     "AdapterUse",
     "BadFile",
@@ -96,9 +111,14 @@ __all__ = [
     "HubRefused",
     "IOFailed",
     "InputChanged",
+    "Interference",
     "LorasmithError",
     "MergeReport",
     "MissingFile",
+    "MixReport",
+    "MixedAdapter",
+    "MixedModule",
+    "ModuleInterference",
     "NoSpace",
     "NotFinite",
     "Origin",
@@ -112,10 +132,13 @@ __all__ = [
     "TensorSurvival",
     "Unsupported",
     "__version__",
+    "interference",
     "merge",
+    "mix",
     "plan",
     "pull",
     "push",
+    "resize",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorasmith.deltas import Delta
@@ -27,8 +27,9 @@ class ModuleDelta:
     """The delta an adapter has for ``module``'s ``parameter`` (weight or bias), in the module's orientation.
 
     ``stored_as_base`` is True where the adapter stores the tensor the way the base does, so that it must not be
-    transposed to fit (embeddings, replacements). ``shared`` says that the change is one of what layers tied to this
-    one repeat, ``may_be_new`` that the base need not have the tensor.
+    transposed to fit (embeddings, replacements). ``shared`` says that the change is one of what layers tied to this one
+    repeat, ``may_be_new`` that the base need not have the tensor. ``weight`` multiplies the adapter's own, for this
+    module.
     """
 
     module: str
@@ -38,6 +39,7 @@ class ModuleDelta:
     stored_as_base: bool = False
     shared: bool = False
     may_be_new: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Adapter:
     base its config names, ``residual`` the initialisation that has changed that base, if one has.
     ``fan_in_fan_out`` is the config's word on weights stored as (in, out), None without one.
     ``scale_assumed`` says that no alpha was found anywhere and the scale was taken to be 1. ``warnings`` are about
-    what the files leave in doubt, ``notes`` about what is passed over.
+    what the files leave in doubt, ``notes`` about what is passed over. ``metadata`` is the file's header's.
     """
 
     path: str
@@ -65,6 +67,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     origin: Origin | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> str:

@@ -128,7 +128,7 @@ def _each(adapters: Weighted, bound: Sequence[Sequence[Bound]]) -> Iterator[tupl
     """Every delta, with the position of its adapter, the adapter and its weight."""
     for position, ((adapter, weight), some) in enumerate(zip(adapters, bound, strict=True)):
         for one in some:
-            yield position, adapter, weight, one
+            yield position, adapter, weight * one.source.weight, one
 
 
 def _others(structure: Structure, one: Bound) -> list[str]:
@@ -295,10 +295,10 @@ def _new_layers(
     for (adapter, weight), some in zip(adapters, heads, strict=True):
         for one in some:
             name = f"{one.module}.{one.parameter}"
-            if weight != 1:
+            if weight * one.weight != 1:
                 raise AdapterMismatch(
                     f"{adapter.path}: {one.tensors[0]!r} is a layer that the base lacks, so its weight must be 1, "
-                    f"not {weight:g}"
+                    f"not {weight * one.weight:g}"
                 )
             if not structure.takes_heads:
                 raise AdapterMismatch(

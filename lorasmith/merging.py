@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lorasmith.arguments import AdapterArguments, Path, weigh_modules, weighted
+from lorasmith.combining import choose
 from lorasmith.delivery import Delivery
-from lorasmith.errors import BadOption, InputChanged, NoSpace
+from lorasmith.errors import BadOption, NoSpace
 from lorasmith.execution import default_threads, execute
 from lorasmith.execution.blocks import Budget, fit
 from lorasmith.execution.destination import check_output, free_space
 from lorasmith.execution.device import resolve
+from lorasmith.execution.peak import peak_memory
 from lorasmith.execution.workplace import claim
 from lorasmith.planning import Options, build_plan
 from lorasmith.records import MergeReport, Output, Plan, Progress, Pushed, Resources, Survival
 from lorasmith.rounding import SURVIVAL_LIMIT, Sample, survival
+from lorasmith.safefile import require_unchanged
 from lorasmith.sources import Sources
-
-Path = str | os.PathLike[str]
-AdapterArgument = Path | tuple[Path, float]
 
 DEFAULT_MEMORY = 128 << 20
 """Bytes for buffers, beside the interpreter and torch themselves."""
 
-_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", re.DOTALL)
-
 
 def merge(
     base: Path,
-    adapters: AdapterArgument | Sequence[AdapterArgument],
+    adapters: AdapterArguments,
     out: Path | None = None,
     *,
     dtype: str = "keep",
@@ -45,6 +43,12 @@ def merge(
     allow_overflow: bool = False,
     architecture: str | None = None,
     base_is_residual: bool = False,
+    weights: Sequence[str] = (),
+    method: str = "linear",
+    density: float | None = None,
+    seed: int | None = None,
+    sign: str | None = None,
+    space: str | None = None,
     overwrite: bool = False,
     push: str | None = None,
     revision: str | None = None,
@@ -68,7 +72,9 @@ def merge(
     ``max_shard_size`` are in bytes; ``memory`` bounds the buffers, whatever the size of the model. ``tokenizer``
     says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``architecture`` names the
     result's class where an adapter brings layers that the base's has not; ``base_is_residual`` says that the base is
-    the one that the adapter's own initialisation (PiSSA and the like) has changed. ``planned`` is called once,
+    the one that the adapter's own initialisation (PiSSA and the like) has changed. ``weights`` are
+    ``REGEX=FACTOR`` for modules' names, ``method`` and what goes with it a rule other than the sum (see
+    ``lorasmith.combining``). ``planned`` is called once,
     before anything is written: raise in it to stop there. ``progress`` is called about ten times a second. Both are
     called from the calling thread.
 
@@ -103,6 +109,8 @@ def merge(
         allow_overflow=allow_overflow,
         architecture=architecture,
         base_is_residual=base_is_residual,
+        method=choose(method, density=density, seed=seed, sign=sign, space=space),
+        weights=tuple(weights),
     )
     plan_ = _plan(sources, base, adapters, out, options, overwrite=overwrite)
     budget = _budget(plan_, memory, threads)
@@ -112,7 +120,8 @@ def merge(
     with delivery.prepared(plan_, progress), claim(delivery.place, overwrite=overwrite) as place:
 
         def finished(output: Output, samples: list[Sample]) -> None:
-            _require_unchanged(plan_)  # before it is noted: a later run takes up what is
+            # before it is noted: a later run takes up what is
+            require_unchanged((*plan_.base_files, *plan_.adapter_files))
             place.finish(output, samples)
             delivery.finished(output)
 
@@ -128,7 +137,7 @@ def merge(
 
 def plan(
     base: Path,
-    adapters: AdapterArgument | Sequence[AdapterArgument],
+    adapters: AdapterArguments,
     out: Path | None = None,
     *,
     dtype: str = "keep",
@@ -139,6 +148,12 @@ def plan(
     allow_overflow: bool = False,
     architecture: str | None = None,
     base_is_residual: bool = False,
+    weights: Sequence[str] = (),
+    method: str = "linear",
+    density: float | None = None,
+    seed: int | None = None,
+    sign: str | None = None,
+    space: str | None = None,
     overwrite: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
@@ -157,6 +172,8 @@ def plan(
         allow_overflow=allow_overflow,
         architecture=architecture,
         base_is_residual=base_is_residual,
+        method=choose(method, density=density, seed=seed, sign=sign, space=space),
+        weights=tuple(weights),
     )
     return _plan(Sources(endpoint, token), base, adapters, out, options, overwrite=overwrite)
 
@@ -164,21 +181,22 @@ def plan(
 def _plan(
     sources: Sources,
     base: Path,
-    adapters: AdapterArgument | Sequence[AdapterArgument],
+    adapters: AdapterArguments,
     out: Path | None,
     options: Options,
     *,
     overwrite: bool,
 ) -> Plan:
-    weighted = [_weighted(one) for one in _as_list(adapters)]
+    given = weighted(adapters)
     checkpoint = sources.open_base(os.fspath(base))
-    for path, _ in weighted:
-        sources.require(path)
+    for one in given:
+        sources.require(one.path)
     if out is not None:
-        here = [path for path, _ in weighted if sources.reference(path) is None]
+        here = [one.path for one in given if sources.reference(one.path) is None]
         inputs = [checkpoint.folder or checkpoint.files[0], *here]
         check_output(os.fspath(out), inputs, single_file=checkpoint.folder is None, overwrite=overwrite)
-    return build_plan(checkpoint, [(sources.read_adapter(path), weight) for path, weight in weighted], options)
+    read = weigh_modules([sources.read_adapter(one.given) for one in given], given, options.weights)
+    return build_plan(checkpoint, [(adapter, one.weight) for adapter, one in zip(read, given, strict=True)], options)
 
 
 def resources(
@@ -221,44 +239,6 @@ def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
     return fit(plan, memory, threads or default_threads(plan.device))
 
 
-def _require_unchanged(plan: Plan) -> None:
-    """Raise InputChanged when a file that weights are read from is not what it was when the plan was made."""
-    for file, size, mtime in (*plan.base_files, *plan.adapter_files):
-        if mtime == 0:  # a commit on the Hub stays what it is
-            continue
-        try:
-            facts = os.stat(file)
-        except OSError:
-            facts = None
-        if facts is None or (facts.st_size, facts.st_mtime_ns) != (size, mtime):
-            raise InputChanged(f"{file} was changed while it was being merged; run the same command again")
-
-
-def _as_list(adapters: AdapterArgument | Sequence[AdapterArgument]) -> list[AdapterArgument]:
-    """One adapter need not be put in a list; ``(path, weight)`` is one adapter."""
-    if isinstance(adapters, (str, os.PathLike)):
-        return [adapters]
-    if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
-        return [(adapters[0], adapters[1])]
-    return list(adapters)
-
-
-def _weighted(adapter: AdapterArgument) -> tuple[str, float]:
-    """Path and weight; an existing path that ends like ``:0.7`` is a path."""
-    if isinstance(adapter, tuple) and len(adapter) == 2 and type(adapter[1]) in (int, float):
-        path, weight = os.fspath(adapter[0]), float(adapter[1])
-    elif not isinstance(adapter, (str, os.PathLike)):
-        raise BadOption(f"{adapter!r} is not an adapter: give a path, 'path:0.7' or (path, 0.7)")
-    else:
-        path, weight = os.fspath(adapter), 1.0
-        match = None if os.path.exists(path) else _WEIGHTED.fullmatch(path)
-        if match is not None:
-            path, weight = match["path"], float(match["weight"])
-    if not abs(weight) < float("inf"):
-        raise BadOption(f"the weight {weight} of {path} is not a finite number")
-    return path, weight
-
-
 def _report(
     plan: Plan,
     out: str,
@@ -285,7 +265,7 @@ def _report(
         survival=survival,
         seconds=seconds,
         rate=(plan.bytes_written - resumed) / seconds if seconds > 0 else 0.0,
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
         threads=threads,
         plan_hash=plan.hash,
         notes=plan.notes,
@@ -304,21 +284,3 @@ def _survival_warnings(survival: Survival | None) -> list[str]:
         return []
     lost = f"rounding left {survival.total:.0%} of the delta, which is only {survival.relative_norm:.2%} of the weights"
     return [f"{lost}; write a finer dtype to keep it: --dtype float16 or --dtype float32"]
-
-
-def _peak_memory() -> int:
-    """The most memory this process has held, in bytes; 0 where the system does not say."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as stream:
-            line = next(line for line in stream if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return _peak_by_getrusage()
-
-
-def _peak_by_getrusage() -> int:
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

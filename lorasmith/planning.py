@@ -1,6 +1,6 @@
 """Headers and matched adapters in, a Plan out: everything is decided and refused here, before a byte is written.
 
-    1. every delta finds its tensor and is turned the way that is stored               (structure, naming, _bind)
+    1. every delta finds its tensor and is turned the way that is stored               (structure, naming, bind)
     2. deltas of one tensor are gathered; what cannot be right is refused              (assembly)
     3. tensors are laid out into files, each byte of which gets one step               (layout)
     4. side files, provenance and the hash                                             (sidefiles, recipe)
@@ -10,6 +10,7 @@ No tensor data of the base is read.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,11 +18,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from lorasmith import layout, naming
 from lorasmith.adapter import Adapter, ModuleDelta
-from lorasmith.assembly import Assembly, Bound, assemble
+from lorasmith.assembly import Assembly, Bound, Slot, assemble
 from lorasmith.checkpoint import Checkpoint
+from lorasmith.combining import LINEAR, Method
+from lorasmith.combining.combined import combine_terms
 from lorasmith.deltas import Delta
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.deltas.token_rows import TokenRows
@@ -51,6 +55,8 @@ class Options:
     allow_overflow: bool = False
     architecture: str | None = None
     base_is_residual: bool = False
+    method: Method = LINEAR
+    weights: tuple[str, ...] = ()
 
 
 def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], options: Options) -> Plan:
@@ -66,10 +72,11 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
     if not options.base_is_residual:
         _refuse_residual([adapter for adapter, _ in adapters])
     structure = open_structure(checkpoint, [adapter for adapter, _ in adapters], options.architecture)
-    bindings = [_bind(checkpoint, structure, adapter, options) for adapter, _ in adapters]
+    bindings = [bind(checkpoint, structure, adapter, options) for adapter, _ in adapters]
     assembly = assemble(
         checkpoint, structure, adapters, [one.bound for one in bindings], [one.heads for one in bindings]
     )
+    assembly = _combined(assembly, adapters, options.method)
     uses = tuple(_use(adapter, weight, one) for (adapter, weight), one in zip(adapters, bindings, strict=True))
     parts = layout.split(checkpoint, assembly, dtype, options.max_shard_size)
     outputs = layout.lay_out(checkpoint, parts)
@@ -80,6 +87,7 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         dtype=options.dtype,
         allow_overflow=options.allow_overflow,
         max_shard_size=options.max_shard_size,
+        **_rule(options),
     )
     beside: tuple[SideFile, ...] = ()
     if checkpoint.folder is not None:
@@ -128,6 +136,32 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
     )
 
 
+def _combined(assembly: Assembly, adapters: Sequence[tuple[Adapter, float]], method: Method) -> Assembly:
+    """The assembly with low-rank changes of one tensor by several adapters made one by a method that is no sum."""
+    if method.is_linear:
+        return assembly
+    if method.name == "peft-linear":
+        raise BadOption(
+            "--method peft-linear makes an adapter, for comparison with PEFT's own: lorasmith mix --method peft-linear"
+        )
+    digests = [adapter.sha256 for adapter, _ in adapters]
+
+    def combined(slot: Slot) -> Slot:
+        return replace(slot, terms=combine_terms(slot.terms, method, digests, slot.name))
+
+    return replace(
+        assembly,
+        changed={name: combined(slot) for name, slot in assembly.changed.items()},
+        added=tuple(combined(slot) for slot in assembly.added),
+    )
+
+
+def _rule(options: Options) -> dict[str, Any]:
+    """What a record says of how adapters were combined, where that is not the plain sum."""
+    method = {} if options.method.is_linear else {"method": dataclasses.asdict(options.method)}
+    return {**method, **({"weights": list(options.weights)} if options.weights else {})}
+
+
 def _refuse_residual(adapters: Sequence[Adapter]) -> None:
     """Refuse deltas against a base that the adapter's own initialisation has changed."""
     for adapter in adapters:
@@ -159,7 +193,7 @@ def _count(checkpoint: Checkpoint, assembly: Assembly, outputs: Sequence[Output]
 
 
 @dataclass(frozen=True)
-class _Binding:
+class Binding:
     """An adapter's deltas on the model's tensors, its new layers, and the names of tensors left out."""
 
     bound: tuple[Bound, ...]
@@ -168,7 +202,8 @@ class _Binding:
     unmatched: tuple[str, ...]
 
 
-def _bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, options: Options) -> _Binding:
+def bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, options: Options) -> Binding:
+    """Find every delta of an adapter its tensor, and turn it the way that is stored."""
     matched, left = naming.match(adapter, structure.tensors, checkpoint, allow_unmatched=options.allow_unmatched)
     heads = tuple(one for one in left if one.may_be_new)
     grown = _grown(structure, matched)
@@ -183,7 +218,7 @@ def _bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, option
         _require_fit(adapter, now, delta)
         bound.append(Bound(one.target, one.source, delta))
     used = [*(one.source for one in matched), *heads]
-    return _Binding(
+    return Binding(
         tuple(bound),
         heads,
         sum(len(one.tensors) for one in used) + len(adapter.ignored),
@@ -256,7 +291,7 @@ def _require_fit(adapter: Adapter, match: naming.Match, delta: Delta) -> None:
 # ---------------------------------------------------------------------------------------------- 3. what to tell
 
 
-def _use(adapter: Adapter, weight: float, binding: _Binding) -> AdapterUse:
+def _use(adapter: Adapter, weight: float, binding: Binding) -> AdapterUse:
     deltas = [*(one.delta for one in binding.bound), *(one.delta for one in binding.heads)]
     low = [delta for delta in deltas if delta.rank] or deltas
     return AdapterUse(
@@ -276,7 +311,7 @@ def _use(adapter: Adapter, weight: float, binding: _Binding) -> AdapterUse:
     )
 
 
-def _targets(bindings: Sequence[_Binding]) -> Iterator[TargetGroup]:
+def _targets(bindings: Sequence[Binding]) -> Iterator[TargetGroup]:
     for position, binding in enumerate(bindings):
         groups: dict[tuple[str, str], list[Delta]] = {}
         found = [(one.source.module, one.delta) for one in binding.bound]
@@ -287,7 +322,7 @@ def _targets(bindings: Sequence[_Binding]) -> Iterator[TargetGroup]:
             yield TargetGroup(position, target, kind, len(deltas), (min(ranks), max(ranks)), (min(scales), max(scales)))
 
 
-def _notes(structure: Structure, bindings: Sequence[_Binding]) -> Iterator[str]:
+def _notes(structure: Structure, bindings: Sequence[Binding]) -> Iterator[str]:
     heads = [f"{head.module}.{head.parameter}" for binding in bindings for head in binding.heads]
     if heads:
         yield (

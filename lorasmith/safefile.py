@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasmith.dtypes import BITS, itemsize
-from lorasmith.errors import BadFile, IOFailed
+from lorasmith.errors import BadFile, InputChanged, IOFailed
 from lorasmith.jsonfile import MAX_HEADER, open_regular, parse_json, refuse_foreign
 
 _COMPARED = 8 << 20
@@ -209,6 +209,22 @@ def equal_bytes(one: TensorEntry, other: TensorEntry, *, flipped: bool = False) 
     return mine.shape == theirs.shape and all(
         bool((mine[start : start + step] == theirs[start : start + step]).all()) for start in range(0, len(mine), step)
     )
+
+
+def require_unchanged(stamps: Iterable[tuple[str, int, int]]) -> None:
+    """Raise InputChanged when a file (path, size, mtime in nanoseconds) is not what it was when it was opened first.
+
+    One with the mtime 0 cannot change, and may have gone meanwhile.
+    """
+    for file, size, mtime in stamps:
+        if mtime == 0:
+            continue
+        try:
+            facts = os.stat(file)
+        except OSError:
+            facts = None
+        if facts is None or (facts.st_size, facts.st_mtime_ns) != (size, mtime):
+            raise InputChanged(f"{file} was changed while it was being read; run the same command again")
 
 
 class Reader:

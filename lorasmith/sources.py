@@ -134,8 +134,10 @@ class Sources:
         }
         return checked(replace(opened, origin=snapshot.origin, known=known))
 
-    def read_adapter(self, path: str) -> Adapter:
-        """Read an adapter, which is fetched whole if it is on the Hub."""
+    def read_adapter(self, path: str | Adapter) -> Adapter:
+        """Read an adapter, which is fetched whole if it is on the Hub; one that was read already stays as it is."""
+        if isinstance(path, Adapter):
+            return path
         named = self.reference(path)
         if named is None:
             return read_adapter(path)

@@ -688,10 +688,12 @@ def options_of(command: click.Command) -> set[str]:
     return {name for one in command.params if isinstance(one, click.Option) for name in one.opts}
 
 
-def test_the_readme_s_table_has_every_option_and_no_other() -> None:
-    rows = [line.split(" | ")[0] for line in README.splitlines() if line.startswith("| `-")]
+@pytest.mark.parametrize(("section", "command"), [("Merging", "merge"), ("Mixing", "mix")])
+def test_the_readme_s_tables_have_every_option_and_no_other(section: str, command: str) -> None:
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `-")]
     assert set(re.findall(r"`(-{1,2}[a-z][a-z-]*)", " ".join(rows).replace("`, `", "` `"))) == options_of(
-        commands.commands["merge"]
+        commands.commands[command]
     )
 
 
@@ -704,6 +706,10 @@ def test_the_readme_names_every_command_and_what_it_takes() -> None:
     shared = re.search(r"`lorasmith demo` takes (.*?) as well", README)
     assert shared is not None
     assert set(re.findall(r"`(--[a-z-]+)`", shared[1])) | {"-q"} == options_of(commands.commands["demo"])
+    sized = re.search(r"`lorasmith resize` takes (.*?) may limit", README.replace("\n", " "))
+    assert sized is not None
+    takes = {name for name in options_of(commands.commands["resize"]) if "_" not in name}
+    assert set(re.findall(r"`(-[a-z-]+)`", sized[1])) == takes
 
 
 def test_options_that_the_readme_mentions_exist() -> None:

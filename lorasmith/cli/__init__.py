@@ -17,9 +17,11 @@ import click
 from lorasmith import __version__
 from lorasmith.cli.demo import demo
 from lorasmith.cli.merge import merge
+from lorasmith.cli.mix import mix
 from lorasmith.cli.output import error
 from lorasmith.cli.pull import pull
 from lorasmith.cli.push import push
+from lorasmith.cli.resize import resize
 from lorasmith.errors import BadOption, LorasmithError
 
 DEBUG = "LORASMITH_DEBUG"
@@ -35,6 +37,8 @@ def commands() -> None:
 commands.add_command(merge)
 commands.add_command(push)
 commands.add_command(pull)
+commands.add_command(mix)
+commands.add_command(resize)
 commands.add_command(demo)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -9,9 +10,26 @@ import click
 from lorasmith.cli.output import Output, output_options
 from lorasmith.cli.parameters import Place, Size
 from lorasmith.cli.push import push_options
+from lorasmith.combining import METHODS, SIGNS, SPACES
 
 PUSHING = ("push", "revision", "private", "create_pr", "commit_message", "card", "stream", "token")
 """Options that say where things come from and go to, and nothing of what they are."""
+
+
+def rule_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how several adapters are combined."""
+    for option in (
+        click.option(
+            "--space", type=click.Choice(SPACES), help="Where a method that is no sum is applied.  [default: core]"
+        ),
+        click.option("--sign", type=click.Choice(SIGNS), help="How ties elects a sign.  [default: total]"),
+        click.option("--seed", type=int, help="For what dare draws.  [default: 0]"),
+        click.option("--density", type=float, help="The share of elements that are kept.  [default: 0.5]"),
+        click.option("--method", type=click.Choice(METHODS), default="linear", show_default=True, help="The rule."),
+        click.option("--weights", multiple=True, metavar="REGEX=FACTOR", help="For modules so named; repeatable."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(short_help="Merge adapters into a model.")
@@ -35,6 +53,7 @@ PUSHING = ("push", "revision", "private", "create_pr", "commit_message", "card",
 @click.option("--allow-overflow", is_flag=True, help="Clip values too large for the output dtype.")
 @click.option("--architecture", metavar="NAME", help="The result's class, if an adapter brings layers of another one.")
 @click.option("--base-is-residual", is_flag=True, help="The base is the one that PiSSA, OLoRA and the like have left.")
+@rule_options
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT, once the new one is complete.")
 @click.option("--stream", is_flag=True, help="Download the base shard by shard, and keep none of it.")
 @push_options

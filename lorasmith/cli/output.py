@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,19 @@ import click
 from lorasmith.errors import IOFailed, one_line
 
 if TYPE_CHECKING:
-    from lorasmith.records import AdapterUse, MergeReport, Plan, Progress, Pushed, Resources, Survival, TargetGroup
+    from lorasmith.records import (
+        AdapterUse,
+        Interference,
+        MergeReport,
+        MixedModule,
+        MixReport,
+        Plan,
+        Progress,
+        Pushed,
+        Resources,
+        Survival,
+        TargetGroup,
+    )
 
 LOG_SECONDS = 5.0
 """Between two lines of progress where there is no terminal."""
@@ -90,6 +103,14 @@ class Output:
             self._data({"path": path})
         else:
             self._text([path])
+
+    def mixed(self, report: MixReport) -> None:
+        """What a mix made, or would make."""
+        if self.as_json:
+            self._data(report.to_dict())
+        else:
+            self._text(_mix_lines(report))
+        self._warn(report.warnings)
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -231,6 +252,84 @@ def _target_lines(targets: Sequence[TargetGroup], *, several: bool) -> Iterator[
     for row in rows:
         cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
         cells += [row[column].rjust(widths[column]) for column in (2, 3, 4)]
+        yield "  " + "  ".join(cells)
+
+
+def _mix_lines(report: MixReport) -> Iterator[str]:
+    yield "Nothing was written (--dry-run)" if report.out is None else f"Mixed into {report.out}"
+    yield from _mixed_adapters(report)
+    yield ""
+    yield from _mixed_modules(report.modules)
+    if report.interference:
+        yield ""
+        yield from _interference_lines(report.interference)
+    yield ""
+    kept = f"{report.energy:.4%} of its energy, a relative error of {report.error:.3g}" if report.error else "all of it"
+    method = "sum" if report.method["name"] == "linear" else f"result of {report.method['name']}"
+    yield f"kept     of the exact {method}, {kept}"
+    yield f"rank     {_span(report.rank)}, of {_span(report.rank_in)} put together; {report.params:,} parameters"
+    if report.tensors_passed:
+        yield f"whole    {_count(report.tensors_passed, 'tensor')} beside the factors"
+    if report.out is not None:
+        yield f"written  {size(report.bytes_written)} as {report.dtype} in {report.seconds:.1f} s"
+    yield f"memory   {size(report.peak_memory)} at most"
+    yield from (f"note     {note}" for note in report.notes)
+
+
+def _mixed_adapters(report: MixReport) -> Iterator[str]:
+    for number, one in enumerate(report.adapters, 1):
+        facts = (
+            f"{', '.join(one.kinds)}, rank {_span(one.rank)}, scale {_span(one.scale)}, {_count(one.modules, 'module')}"
+        )
+        kept = "" if one.energy is None else f", {one.energy:.2%} of its energy kept"
+        yield f"adapter  [{number}] {one.path} × {one.weight:g}: {facts}{kept}"
+
+
+def _mixed_modules(modules: Sequence[MixedModule]) -> Iterator[str]:
+    """Modules of one kind in one line, numbers in their names replaced by ``*``."""
+    groups: dict[str, list[MixedModule]] = {}
+    for one in modules:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", one.module), []).append(one)
+    rows = [("target", "modules", "rank in", "rank out", "energy kept", "largest error")]
+    for name, some in groups.items():
+        into, out = ([one.rank_in for one in some], [one.rank_out for one in some])
+        total = sum(one.norm**2 for one in some)
+        energy = sum(one.energy * one.norm**2 for one in some) / total if total else 1.0
+        rows.append(
+            (
+                name,
+                str(len(some)),
+                _span((min(into), max(into))),
+                _span((min(out), max(out))),
+                f"{energy:.2%}",
+                f"{max(one.error for one in some):.3g}",
+            )
+        )
+    yield from _table(rows)
+
+
+def _interference_lines(pairs: Sequence[Interference]) -> Iterator[str]:
+    rows = [("pair", "modules", "cosine", "inputs overlap", "outputs overlap", "crosstalk", "norms")]
+    for one in pairs:
+        rows.append(
+            (
+                f"[{one.one + 1}] [{one.other + 1}]",
+                str(one.modules),
+                f"{one.cosine:.3f}",
+                f"{one.input_overlap:.1%}",
+                f"{one.output_overlap:.1%}",
+                f"{one.crosstalk[0]:.1%} / {one.crosstalk[1]:.1%}",
+                f"1 : {one.norm_ratio:.3g}",
+            )
+        )
+    yield from _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Cells in columns, the first to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         yield "  " + "  ".join(cells)
 
 

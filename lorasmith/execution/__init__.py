@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from lorasmith.execution.blocks import WRITERS, Budget, Task, tasks
 from lorasmith.execution.device import DeviceWorker, full_precision
+from lorasmith.execution.torchthreads import switch_off_torch_threads, torch_threads_kept
 from lorasmith.execution.transfer import copy
 from lorasmith.execution.worker import Filled, Worker
 from lorasmith.execution.workplace import Workplace
@@ -67,7 +68,7 @@ def execute(
     and the system's own OSError from a failed write (``claim`` makes it lorasmith's).
     """
     started = time.monotonic()
-    with _readers() as readers, _torch_threads_kept():
+    with _readers() as readers, torch_threads_kept():
         work = _Work(plan, budget, place, readers, finished, fetch)
         running = [threading.Thread(target=work.write, daemon=True) for _ in range(WRITERS)]
         if fetch is not None:
@@ -168,7 +169,7 @@ class _Work:
     def compute(self) -> None:
         """Fill panels until no arithmetic is left or something failed."""
         try:
-            _switch_off_torch_threads()
+            switch_off_torch_threads()
             worker = _worker(self._plan, self._readers)
             with full_precision("cpu") if self._plan.device == "cpu" else contextlib.nullcontext():
                 while (taken := self._next_arithmetic()) is not None:
@@ -312,42 +313,3 @@ class _Readers(dict[str, Reader]):
             if file not in self:
                 self[file] = Reader(file)
             return self[file]
-
-
-# ---------------------------------------------------------------------------------------------- torch's threads
-
-_torch_users = 0
-_torch_threads = 0
-_torch_lock = threading.Lock()
-
-
-def _switch_off_torch_threads() -> None:
-    """Let the calling thread's torch operations run on one thread; the first to ask notes what to go back to."""
-    global _torch_threads
-    import torch
-
-    with _torch_lock:
-        if _torch_threads == 0:
-            _torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def _torch_threads_kept() -> Iterator[None]:
-    """Give torch its number of threads back once the last run in this process has ended."""
-    global _torch_users, _torch_threads
-    with _torch_lock:
-        _torch_users += 1
-    try:
-        yield
-    finally:
-        with _torch_lock:
-            _torch_users -= 1
-            if _torch_users == 0 and _torch_threads:
-                import torch
-
-                # in a thread of its own: the caller's own setting was never changed
-                restore = threading.Thread(target=torch.set_num_threads, args=(_torch_threads,))
-                restore.start()
-                restore.join()
-                _torch_threads = 0

@@ -12,10 +12,32 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from lorasmith.records import Output, Plan
+from lorasmith.records import Output, SideFile
 from lorasmith.rounding import Sample
+
+
+class Undertaking(Protocol):
+    """What a result's folder has to know of how it is made: ``hash`` names what it will be.
+
+    ``base_files`` are (path, size, mtime) of what it is made from, ``outputs`` the files of a known size.
+    """
+
+    @property
+    def hash(self) -> str: ...
+
+    @property
+    def base_files(self) -> tuple[tuple[str, int, int], ...]: ...
+
+    @property
+    def single_file(self) -> bool: ...
+
+    @property
+    def outputs(self) -> tuple[Output, ...]: ...
+
+    @property
+    def side_files(self) -> tuple[SideFile, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,7 @@ class Past:
     publishing: tuple[int, ...] | None
 
 
-def heading(plan: Plan) -> dict[str, Any]:
+def heading(plan: Undertaking) -> dict[str, Any]:
     """The first line of a journal: two runs with the same one make the same bytes."""
     return {"lorasmith": plan.hash, "base": [list(stamp) for stamp in plan.base_files]}
 
@@ -64,7 +86,7 @@ class Journal:
             os.fsync(self._fd)
         return past
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Undertaking) -> None:
         """Forget what was told and tell what is being made."""
         os.ftruncate(self._fd, 0)
         self._append(heading(plan))

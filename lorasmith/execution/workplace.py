@@ -27,11 +27,11 @@ from lorasmith.execution.destination import (
     partial_folder,
     require_free,
 )
-from lorasmith.execution.journal import Finished, Journal, heading
+from lorasmith.execution.journal import Finished, Journal, Undertaking, heading
 from lorasmith.execution.renaming import exchange, identity, move_into, remove, sync_folder
 from lorasmith.gitnames import git_name, pointer_name
 from lorasmith.jsonfile import open_regular
-from lorasmith.records import Output, Plan, SideFile
+from lorasmith.records import Output, SideFile
 from lorasmith.rounding import Sample, summed
 
 _BLOCK = 1 << 20
@@ -55,14 +55,14 @@ class Workplace:
         self._is_mount = os.path.dirname(folder) == target
         self._journal = journal
         self._single_file = False
-        self._plan: Plan | None = None
+        self._plan: Undertaking | None = None
         self._finished: set[str] = set()
         self.samples: list[Sample] = []
         self.published = False
 
     # --------------------------------------------------------------------------------------------- finished files
 
-    def begin(self, plan: Plan, elsewhere: Collection[str] = ()) -> None:
+    def begin(self, plan: Undertaking, elsewhere: Collection[str] = ()) -> None:
         """Go on from what an earlier run of the same plan finished, or start afresh.
 
         Files ``elsewhere`` were finished and may have been taken away. Raises OutputExists when something that must
@@ -88,7 +88,7 @@ class Workplace:
         if not plan.single_file:
             os.makedirs(self._result, exist_ok=True)
 
-    def _take_up(self, plan: Plan, finished: Sequence[Finished], elsewhere: Collection[str]) -> None:
+    def _take_up(self, plan: Undertaking, finished: Sequence[Finished], elsewhere: Collection[str]) -> None:
         sizes = {output.name: output.size for output in plan.outputs}
         for one in finished:
             there = self.published or one.name in elsewhere or self._size(self._result, one.name) == one.size
@@ -129,7 +129,7 @@ class Workplace:
         except OSError:
             return -1
 
-    def _holds(self, result: str, plan: Plan) -> bool:
+    def _holds(self, result: str, plan: Undertaking) -> bool:
         """Whether a result has all its files: inodes are used again, so that one alone proves nothing."""
         names = [] if self._single_file else [file.name for file in plan.side_files]
         return all(self._size(result, one.name) == one.size for one in plan.outputs) and all(

@@ -219,20 +219,20 @@ def _dora(direction: LowRank, parts: Parts) -> Dora:
 
 
 def _is_applied(place: _Place, bias: TensorEntry, b: TensorEntry) -> bool:
-    """Whether a bias is added to the base's; PEFT has one for an attention's input too, and never uses it."""
+    """Whether a bias changes the base's; PEFT has one for an attention's input too, and never uses it."""
     if bias.shape != b.shape[:1]:
         raise AdapterMismatch(
             f"{bias.file}: {bias.name!r} has shape {list(bias.shape)} and {b.name!r} has {b.shape[0]} outputs; "
             "they are not of one adapter"
         )
-    if place.weight == "weight":
-        return True
-    if not _is_zero(bias):
+    if _is_zero(bias):
+        return False
+    if place.weight != "weight":
         raise Unsupported(
             f"{bias.file}: {bias.name!r} is not zero, as PEFT leaves it: what it trains for the input of a "
             "torch.nn.MultiheadAttention has no bias, so it is not known what was meant"
         )
-    return False
+    return True
 
 
 def _is_zero(entry: TensorEntry) -> bool:

@@ -25,6 +25,9 @@ from lorasmith.formats.scales import Scales
 from lorasmith.jsonfile import parse_json, read_json
 from lorasmith.safefile import Header, TensorEntry, equal_bytes
 
+PREFIX = "base_model.model."
+"""What stands before a module's path in every name that PEFT writes."""
+
 ROLES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -94,6 +97,7 @@ def read(path: str, header: Header) -> Adapter:
         residual=_residual(config),
         side_files=_side_files(path),
         warnings=(*scales.unsure, *_unknown(where, config)),
+        metadata=header.metadata,
     )
 
 
@@ -115,6 +119,19 @@ def clean_names(names: Iterable[str]) -> dict[str, str]:
     while _all_have(paths, first, "module"):
         first += 1
     return {name: ".".join(parts[first:]) for name, parts in zip(originals, paths, strict=True)}
+
+
+def plain_names(header: Header) -> dict[str, str]:
+    """Every tensor's name as PEFT writes it, whatever marks it has."""
+    plain = {}
+    for name, cleaned in clean_names(entry.name for entry in header.entries).items():
+        match = _ROLE.match(cleaned)
+        if match:
+            bias = match["rest"].endswith(".bias")
+            leaf = ".bias" if bias else ".weight" if match["role"] in ("lora_A", "lora_B") else ""
+            cleaned = f"{match['module']}.{match['role']}{leaf}"
+        plain[name] = PREFIX + cleaned
+    return plain
 
 
 def _all_have(paths: list[list[str]], at: int, word: str) -> bool:

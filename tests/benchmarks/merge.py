@@ -146,12 +146,12 @@ def make_base(folder: Path, shape: Shape) -> None:
     (folder / "config.json").write_text(json.dumps(shape.config()))
 
 
-def make_adapter(folder: Path, base: Path, shape: Shape, rank: int, prefix: str) -> None:
+def make_adapter(folder: Path, base: Path, shape: Shape, rank: int, prefix: str, seed: int = 1) -> None:
     """A float32 LoRA as PEFT writes it, its delta about 1 % of the weights."""
     import torch
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     modules = {name: dims for name, dims in shape.linear().items() if name.startswith(prefix)}
     tensors = {}
     for layer in range(shape.layers):

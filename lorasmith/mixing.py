@@ -1,0 +1,275 @@
+"""Adapters in, one adapter out: sort out what they have, make every module's factors, write them, report."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lorasmith import __version__
+from lorasmith.adapter import Adapter
+from lorasmith.adapterfile import dumped, is_file, open_spot
+from lorasmith.arguments import AdapterArguments, Given, Path, Weighted, weigh_modules, weighted
+from lorasmith.checkpoint import Checkpoint, open_checkpoint, require_path
+from lorasmith.combining import choose
+from lorasmith.combining.combined import read_factor
+from lorasmith.deltas.dora import Dora
+from lorasmith.deltas.low_rank import Factor
+from lorasmith.dtypes import BY_OPTION, torch_dtype
+from lorasmith.errors import BadOption
+from lorasmith.execution import default_threads
+from lorasmith.execution.destination import check_output
+from lorasmith.execution.torchthreads import in_order
+from lorasmith.formats import read_adapter
+from lorasmith.lowrank import Criterion, allocate
+from lorasmith.mixfile import Job, write
+from lorasmith.mixreport import report_mix
+from lorasmith.mixture import Mixture, gather
+from lorasmith.recompression import Request, folded, folds_left, singular_values
+from lorasmith.records import Interference, MixReport, Progress
+
+
+def mix(
+    adapters: AdapterArguments,
+    out: Path | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    params: int | None = None,
+    balance: bool = False,
+    weights: Sequence[str] = (),
+    method: str = "linear",
+    density: float | None = None,
+    seed: int | None = None,
+    sign: str | None = None,
+    space: str | None = None,
+    prefer: str | None = None,
+    base: Path | None = None,
+    dtype: str = "keep",
+    threads: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> MixReport:
+    """Make one adapter of several: ``ΔW = Σ weightᵢ·ΔWᵢ``, module by module.
+
+    ``adapters`` are PEFT folders or files, or ``Adapter``s: ``path``, ``"path:0.7"`` or ``(path, 0.7)``. The sum is
+    exact, of rank Σrᵢ, unless one of ``rank``, ``energy`` (share of Σσ² that is kept), ``max_error`` (relative, in the
+    Frobenius norm) or ``params`` (of the whole adapter) says how much of it is kept; what is cut off is the least there
+    is. ``balance`` keeps every adapter's share of its own instead. ``weights`` are ``REGEX=FACTOR`` for modules' names,
+    ``method`` another rule than the sum, with its ``density``, ``seed``, ``sign`` and ``space``
+    (``lorasmith.combining``). Layers trained whole that differ are those of ``prefer``; adapters whose effect depends
+    on the base, as DoRA's does, take a ``base``. ``dtype`` is that of the factors: ``keep`` is float32, or what they
+    are stored in where nothing is lost by that.
+
+    ``out`` becomes a PEFT folder, or one file if it ends in .safetensors; without it, the report's ``adapter`` is the
+    result, in a file that goes when nobody has it any more. ``dry_run`` computes everything and keeps nothing. Raises a
+    ``LorasmithError``; nothing appears at ``out`` before all of it is written.
+    """
+    request = Request(
+        choose(method, density=density, seed=seed, sign=sign, space=space),
+        Criterion(rank=rank, energy=energy, max_error=max_error, params=params),
+        balance,
+    )
+    _require_sense(request)
+    run = _Run(out, dtype, threads, overwrite, dry_run, progress)
+    given = weighted(adapters)
+    return _mix(given, request, run, patterns=tuple(weights), prefer=prefer, base=base)
+
+
+def resize(
+    adapter: Given,
+    out: Path | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    params: int | None = None,
+    sv_ratio: float | None = None,
+    sv_fro: float | None = None,
+    sv_cumulative: float | None = None,
+    dtype: str = "keep",
+    threads: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> MixReport:
+    """Give an adapter other ranks, with the least error there is: see ``mix`` for the arguments.
+
+    The ``sv_`` criteria are those of sd-scripts' ``resize_lora.py``: singular values above σ₀/``sv_ratio`` stay, or a
+    share ``sv_fro`` of the Frobenius norm, or ``sv_cumulative`` of Σσ; ``rank`` may limit them.
+    """
+    criterion = Criterion(rank, energy, max_error, params, sv_ratio, sv_fro, sv_cumulative)
+    if not criterion:
+        raise BadOption("how much of the adapter is kept? Give --rank, --energy, --max-error, --params or --sv-...")
+    run = _Run(out, dtype, threads, overwrite, dry_run, progress)
+    return _mix(weighted((adapter, 1.0)), Request(criterion=criterion), run)
+
+
+def interference(adapters: AdapterArguments) -> tuple[Interference, ...]:
+    """What every two of several adapters are to each other, in the modules that both change; takes no base."""
+    return mix(adapters, dry_run=True).interference
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Where a result goes, and how it is made."""
+
+    out: Path | None
+    dtype: str
+    threads: int | None
+    overwrite: bool
+    dry_run: bool
+    progress: Callable[[Progress], None] | None
+
+
+def _is_alone(adapters: Sequence[tuple[Adapter, float]], request: Request, run: _Run) -> bool:
+    """Whether a mix is one adapter as it is."""
+    weights = [weight * one.weight for adapter, weight in adapters if weight != 0 for one in adapter.deltas]
+    one = sum(weight != 0 for _, weight in adapters) == 1 and all(weight == 1 for weight in weights)
+    return one and request.method.is_linear and not request.criterion and run.dtype == "keep"
+
+
+def _directions(adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
+    """The adapters with DoRA's directions in its place: what is to be told of one that stays as it is."""
+    return [
+        (
+            replace(
+                adapter,
+                deltas=tuple(
+                    replace(one, delta=one.delta.direction) if isinstance(one.delta, Dora) else one
+                    for one in adapter.deltas
+                ),
+            ),
+            weight,
+        )
+        for adapter, weight in adapters
+    ]
+
+
+def _require_sense(request: Request) -> None:
+    criterion, method = request.criterion, request.method
+    if request.balance and not (criterion.rank or criterion.energy):
+        raise BadOption("--balance shares out what --rank or --energy keep; give one of them")
+    if method.space == "dense":
+        _require_cut(request, f"--method {method.name} --space dense makes deltas of full rank")
+
+
+def _require_cut(request: Request, why: str) -> None:
+    if not (request.criterion.rank or request.criterion.energy or request.criterion.max_error) or request.balance:
+        raise BadOption(f"{why}, so it takes --rank, --energy or --max-error (without --balance) to store them")
+
+
+def _mix(
+    given: Sequence[Weighted],
+    request: Request,
+    run: _Run,
+    *,
+    patterns: tuple[str, ...] = (),
+    prefer: str | None = None,
+    base: Path | None = None,
+) -> MixReport:
+    started = time.monotonic()
+    if run.dtype != "keep" and run.dtype not in BY_OPTION:
+        raise BadOption(f"dtype {run.dtype!r} is not one of keep, {', '.join(BY_OPTION)}")
+    for one in given:
+        require_path(one.path)
+    checkpoint = None if base is None else open_checkpoint(os.fspath(base))
+    out = None if run.out is None else os.fspath(run.out)
+    if out is not None:
+        inputs = [*(one.path for one in given), *([checkpoint.path] if checkpoint else [])]
+        check_output(out, inputs, single_file=is_file(out), overwrite=run.overwrite)
+    adapters = weigh_modules([one.read() for one in given], given, patterns)
+    pairs = [(adapter, one.weight) for adapter, one in zip(adapters, given, strict=True)]
+    verbatim = _is_alone(pairs, request, run)
+    mixture = gather(_directions(pairs) if verbatim else pairs, request.method, prefer=prefer, base=checkpoint)
+    if any(module.entry is not None for module in mixture.modules):
+        _require_cut(request, "what DoRA does is of full rank")
+    if any(module.dense is not None for module in mixture.modules) and request.criterion.params:
+        raise BadOption("--params shares out what can be computed beforehand, which this mix cannot; give --rank")
+    request = replace(request, code=_code(mixture, request, run.dtype))
+    job = _job(mixture, request, run, _record(mixture, request, patterns, checkpoint, run.dtype), verbatim=verbatim)
+    stamps = [adapter.stamp for adapter in adapters] + [
+        shard.stamp for shard in (checkpoint.shards if checkpoint else ())
+    ]
+    if run.dry_run:
+        return report_mix(job, write(job, None)[1], None, started)
+    with open_spot(out, _digest(job.record), stamps, overwrite=run.overwrite) as spot:
+        size, made = write(job, spot)
+    report = report_mix(job, made, out, started, size)
+    return replace(report, adapter=_kept(spot.path)) if out is None and spot is not None else report
+
+
+def _job(mixture: Mixture, request: Request, run: _Run, record: Mapping[str, Any], *, verbatim: bool) -> Job:
+    ranks: Mapping[str, int] = {}
+    threads = run.threads or default_threads()
+    if request.criterion.params is not None:
+        jobs = mixture.modules
+        found = in_order(lambda module: singular_values(module, request), jobs, threads)
+        spectra = {
+            module.site.module: (values, sum(module.site.shape)) for module, values in zip(jobs, found, strict=True)
+        }
+        ranks = allocate(spectra, request.criterion.params)
+    return Job(mixture, request, ranks, record, threads, verbatim, run.progress)
+
+
+def _code(mixture: Mixture, request: Request, dtype: str) -> str:
+    """The format code of the factors: float32, unless all stay what they are in the dtype that they are stored in."""
+    if dtype != "keep":
+        return BY_OPTION[dtype]
+    if request.criterion or not request.method.is_linear or any(module.biases for module in mixture.modules):
+        return "F32"
+    products = [(module.site.shape, one) for module in mixture.modules for one in folded(module.parts)]
+    codes = {factor.entry.dtype for _, (left, right, _) in products for factor in (left, right)}
+    if len(codes) != 1 or codes & {"F32", "F64"}:
+        return "F32"
+    exact = all(_is_exact(left if folds_left(shape) else right, value) for shape, (left, right, value) in products)
+    return codes.pop() if exact else "F32"
+
+
+def _is_exact(factor: Factor, coefficient: float) -> bool:
+    """Whether a factor times a coefficient is exact in the dtype that it is stored in."""
+    if abs(math.frexp(coefficient)[0]) != 0.5:
+        return False
+    scaled = read_factor(factor) * coefficient
+    return bool((scaled.to(torch_dtype(factor.entry.dtype)).double() == scaled).all())
+
+
+def _record(
+    mixture: Mixture, request: Request, patterns: Sequence[str], base: Checkpoint | None, dtype: str
+) -> dict[str, Any]:
+    """What makes the result what it is: no paths, no times."""
+    facts: dict[str, Any] = {
+        "lorasmith": __version__,
+        "torch": importlib.metadata.version("torch"),
+        "method": asdict(request.method),
+        "criterion": {name: getattr(request.criterion, name) for name in request.criterion.given},
+        "balance": request.balance,
+        "weights": list(patterns),
+        "dtype": dtype,
+        "adapters": [
+            {"weight": weight, "sha256": adapter.sha256, "names_base": adapter.names_base}
+            for adapter, weight in mixture.adapters
+        ],
+        "whole": {whole.name: whole.adapter for whole in mixture.wholes},
+    }
+    return facts if base is None else {**facts, "base": [shard.sha256 for shard in base.shards]}
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(dumped(record).encode()).hexdigest()
+
+
+def _kept(path: str) -> Adapter:
+    """The adapter in a temporary file, which goes when the adapter does."""
+    adapter = read_adapter(path)
+    weakref.finalize(adapter, shutil.rmtree, os.path.dirname(path), ignore_errors=True)
+    return adapter

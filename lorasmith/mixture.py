@@ -1,0 +1,346 @@
+"""What a mix is made of: adapters in, module by module what is to be summed; whatever cannot be right is refused here.
+
+deltas of one module, of however many adapters     ──> Module: one product is made of them
+what is no product: layers trained whole, biases,  ──> Whole: taken over as it is, or weighted against the base
+rows of tokens
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorasmith import planning
+from lorasmith.adapter import Adapter, ModuleDelta
+from lorasmith.assembly import Bound
+from lorasmith.checkpoint import Checkpoint
+from lorasmith.combining import Method
+from lorasmith.combining.combined import Combined, Source
+from lorasmith.deltas import Delta
+from lorasmith.deltas.addition import Addition
+from lorasmith.deltas.replacement import Replacement
+from lorasmith.deltas.token_rows import TokenRows
+from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
+from lorasmith.formats.peft import PREFIX, TOKEN_ROWS
+from lorasmith.formats.writing import Site, site_of
+from lorasmith.safefile import TensorEntry, equal_bytes
+from lorasmith.structure import open_structure
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the adapter at a position does to a module, (outputs, inputs), its weight there, and its file's digest."""
+
+    adapter: int
+    delta: Delta
+    weight: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class Module:
+    """One product of the mix: the ``parts`` it is made of, and the biases on them, each with its weight.
+
+    Where what comes out is not of low rank by itself, ``dense`` is the whole combination on the ``entry`` it reads from
+    the base, if it does; ``turned`` says that it stands the other way round than the module's factors.
+    """
+
+    site: Site
+    parts: tuple[Part, ...]
+    biases: tuple[tuple[Addition, float], ...] = ()
+    dense: Combined | None = None
+    entry: TensorEntry | None = None
+    turned: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The rank of all parts together."""
+        return sum(part.delta.rank for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor that is no product: ``stored`` as it is, or the base's ``entry`` with ``parts`` added to it."""
+
+    name: str
+    source: ModuleDelta
+    adapter: int
+    stored: TensorEntry
+    entry: TensorEntry | None = None
+    parts: tuple[tuple[Delta, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Everything that a mix is made of, from ``adapters`` with their weights."""
+
+    adapters: tuple[tuple[Adapter, float], ...]
+    modules: tuple[Module, ...]
+    wholes: tuple[Whole, ...]
+    method: Method
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+Weighted = Sequence[tuple[Adapter, float]]
+
+
+def gather(adapters: Weighted, method: Method, *, prefer: str | None = None, base: Checkpoint | None = None) -> Mixture:
+    """Sort out what adapters have for each module.
+
+    ``prefer`` names the adapter whose tensors count where they cannot be combined; ``base`` is the model against which
+    they can. Raises AdapterMismatch where adapters do not go together, Unsupported where it takes a base, BadOption.
+    """
+    if not adapters:
+        raise BadOption("no adapter was given: lorasmith mix ADAPTER[:WEIGHT]... -o OUT")
+    preferred = _preferred(adapters, prefer)
+    if base is None:
+        _require_one_base([adapter for adapter, _ in adapters])
+    bound = _bind(base, adapters)
+    notes: list[str] = []
+    modules = tuple(_modules(adapters, method, bound))
+    wholes = tuple(_wholes(adapters, preferred, bound, notes))
+    if not modules and not wholes:
+        raise BadOption("every adapter has the weight 0, so that nothing is left to mix")
+    return Mixture(
+        tuple(adapters),
+        modules,
+        wholes,
+        method,
+        tuple(dict.fromkeys([*(note for adapter, _ in adapters for note in adapter.notes), *notes])),
+        tuple(_warnings(adapters, modules)),
+    )
+
+
+def _preferred(adapters: Weighted, prefer: str | None) -> int | None:
+    if prefer is None:
+        return None
+    found = [position for position, (adapter, _) in enumerate(adapters) if adapter.path == prefer]
+    if not found:
+        raise BadOption(f"--prefer {prefer} is none of the adapters: {listed([one.path for one, _ in adapters], 8)}")
+    return found[0]
+
+
+def _require_one_base(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that name different bases: their modules are alike by accident."""
+    named = {os.path.basename(one.names_base.rstrip("/")).lower(): one for one in adapters if one.names_base}
+    if len(named) > 1:
+        (first, one), (second, other) = list(named.items())[:2]
+        raise AdapterMismatch(
+            f"{one.path} says it was trained on {one.names_base!r} and {other.path} on {other.names_base!r}: a mix of "
+            f"both fits neither. If {first} and {second} are the same model, say which with --base BASE"
+        )
+
+
+def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound]:
+    """Every delta on the base's tensor, by the delta's identity; none without a base."""
+    if base is None:
+        return {}
+    structure = open_structure(base, [adapter for adapter, _ in adapters], None)
+    bindings = [planning.bind(base, structure, adapter, planning.Options()) for adapter, _ in adapters]
+    return {id(one.source): one for binding in bindings for one in binding.bound}
+
+
+def _each(adapters: Weighted) -> Iterator[tuple[int, ModuleDelta, float]]:
+    """Every delta that counts, with the position and the weight of its adapter."""
+    for position, (adapter, weight) in enumerate(adapters):
+        for source in adapter.deltas:
+            if weight * source.weight != 0:
+                yield position, source, weight * source.weight
+
+
+# ----------------------------------------------------------------------------------------------------- products
+
+
+def _modules(adapters: Weighted, method: Method, bound: Mapping[int, Bound]) -> Iterator[Module]:
+    found: dict[tuple[str, str], list[tuple[int, ModuleDelta, float]]] = {}
+    biases: dict[str, list[tuple[Addition, float]]] = {}
+    for position, source, weight in _each(adapters):
+        if isinstance(source.delta, Addition):
+            biases.setdefault(source.module, []).append((source.delta, weight))
+        elif source.delta.rank:
+            found.setdefault((source.module, source.parameter), []).append((position, source, weight))
+    for (module, parameter), some in found.items():
+        own = biases.get(module, []) if parameter == "weight" else []
+        yield _module(adapters, method, some, tuple(own), bound)
+
+
+def _module(
+    adapters: Weighted,
+    method: Method,
+    some: Sequence[tuple[int, ModuleDelta, float]],
+    biases: tuple[tuple[Addition, float], ...],
+    bound: Mapping[int, Bound],
+) -> Module:
+    sites = [site_of(adapters[position][0], source) for position, source, _ in some]
+    for (position, source, _), site in zip(some, sites, strict=True):
+        if site != sites[0]:
+            first, other = (adapters[at][0].path for at in (some[0][0], position))
+            raise AdapterMismatch(
+                f"{first} has a delta of shape {list(sites[0].shape)} for {sites[0].module!r} and {other} one of "
+                f"{list(site.shape)} ({source.tensors[0]}): they were trained on different models or layers"
+            )
+    site = sites[0]
+    parts = tuple(
+        Part(position, site.turned(source.delta), weight, adapters[position][0].sha256)
+        for position, source, weight in some
+    )
+    on_base = [source for _, source, _ in some if source.delta.needs_base]
+    if on_base and not bound:
+        raise Unsupported(
+            f"{adapters[some[0][0]][0].path}: what {on_base[0].delta.kind} does to {on_base[0].module!r} depends on "
+            "the base, so it can only be mixed against one: lorasmith mix ... --base BASE --rank N. Or merge them "
+            "straight into the model: lorasmith merge BASE ADAPTER:WEIGHT... -o OUT"
+        )
+    if not on_base and (method.space == "core" or method.is_linear):
+        return Module(site, parts, biases)
+    return _dense(adapters, method, some, Module(site, parts, biases), bound if on_base else {})
+
+
+def _dense(
+    adapters: Weighted,
+    method: Method,
+    some: Sequence[tuple[int, ModuleDelta, float]],
+    module: Module,
+    bound: Mapping[int, Bound],
+) -> Module:
+    """The module with all its elements: on the base's tensor where a delta reads that, else as the factors stand."""
+    deltas = [
+        bound[id(source)].delta if bound else part.delta
+        for (_, source, _), part in zip(some, module.parts, strict=True)
+    ]
+    sources = tuple(
+        Source(((delta, 1.0),), part.weight, part.digest) for delta, part in zip(deltas, module.parts, strict=True)
+    )
+    first = some[0][1]
+    turned = bool(bound) and module.site.embedding != (deltas[0] is not first.delta)
+    return Module(
+        module.site,
+        module.parts,
+        module.biases,
+        Combined(method if method.space == "dense" else Method(), sources, first.module),
+        bound[id(first)].target if bound else None,
+        turned,
+    )
+
+
+# --------------------------------------------------------------------------------------------------- the others
+
+
+def _wholes(adapters: Weighted, preferred: int | None, bound: Mapping[int, Bound], notes: list[str]) -> Iterator[Whole]:
+    found: dict[tuple[str, str, bool], list[tuple[int, ModuleDelta, float]]] = {}
+    for position, source, weight in _each(adapters):
+        if not source.delta.rank and not isinstance(source.delta, Addition):
+            key = (source.module, source.parameter, isinstance(source.delta, TokenRows))
+            found.setdefault(key, []).append((position, source, weight))
+    for some in found.values():
+        yield _whole(adapters, some, preferred, bound, notes)
+
+
+def _whole(
+    adapters: Weighted,
+    some: Sequence[tuple[int, ModuleDelta, float]],
+    preferred: int | None,
+    bound: Mapping[int, Bound],
+    notes: list[str],
+) -> Whole:
+    chosen = next((one for one in some if one[0] == preferred), None)
+    position, source, weight = chosen or some[0]
+    stored = source.delta.entries[0]
+    weights = [one[2] for one in some]
+    alike = all(_is_alike(source, other) for _, other, _ in some)
+    passes = alike and (_is_whole(weights) or _is_base(source))
+    if chosen is not None and not passes:
+        notes.append(f"{stored.name} is that of {adapters[position][0].path}, as it is (--prefer)")
+    if chosen is not None or passes:
+        return Whole(_name(source), source, position, stored)
+    entry = bound[id(source)].target if all(id(other) in bound for _, other, _ in some) else None
+    fits = entry is not None and all(
+        isinstance(other.delta, Replacement) and other.delta.new.shape == entry.shape for _, other, _ in some
+    )
+    if fits and entry is not None:
+        return Whole(_name(source), source, position, stored, entry, tuple((other.delta, w) for _, other, w in some))
+    owners = [adapters[at][0].path for at, _, _ in some]
+    what = f"{stored.name!r} is trained whole in {listed(owners)}"
+    why = (
+        f"with the weight {weight:g}"
+        if len(some) == 1
+        else "and differs"
+        if not alike
+        else "with weights that do not add up to 1"
+    )
+    raise AdapterMismatch(
+        f"{what}, {why}: what that means depends on the base. Give it with --base BASE, or take one as it is with "
+        f"--prefer {owners[0]}"
+    )
+
+
+def _is_whole(weights: Sequence[float]) -> bool:
+    """Whether tensors that are the same stay what they are: their weights add up to one, or each is one."""
+    return all(weight == 1 for weight in weights) or math.isclose(math.fsum(weights), 1, rel_tol=1e-12)
+
+
+def _is_base(source: ModuleDelta) -> bool:
+    """Whether a tensor is one of the base that PEFT saved along, as it does with embeddings: nothing to be weighted."""
+    return source.shared and source.parameter == "weight" and not isinstance(source.delta, TokenRows)
+
+
+def _is_alike(one: ModuleDelta, other: ModuleDelta) -> bool:
+    mine, theirs = one.delta, other.delta
+    tokens = [delta.tokens for delta in (mine, theirs) if isinstance(delta, TokenRows)]
+    return len(set(tokens)) <= 1 and mine.shape == theirs.shape and equal_bytes(mine.entries[0], theirs.entries[0])
+
+
+def _name(source: ModuleDelta) -> str:
+    """What PEFT calls a tensor that is stored whole."""
+    if isinstance(source.delta, TokenRows):
+        return f"{PREFIX}{source.module}{TOKEN_ROWS}"
+    layer = ".base_layer" if any(f".base_layer.{source.parameter}" in name for name in source.tensors) else ""
+    return f"{PREFIX}{source.module}{layer}.{source.parameter}"
+
+
+def saved_modules(mixture: Mixture) -> list[str]:
+    """The names in the adapters' ``modules_to_save`` whose layers are in the mix."""
+    modules = {whole.source.module for whole in mixture.wholes}
+    named = [name for adapter, _ in mixture.adapters for name in _names(adapter.config.get("modules_to_save"))]
+    return [
+        name for name in dict.fromkeys(named) if any(name in one.split(".") or one.endswith(name) for one in modules)
+    ]
+
+
+def _names(value: object) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+def trained_tokens(mixture: Mixture) -> Any:
+    """``trainable_token_indices`` of the adapter whose rows are in the mix; None without any."""
+    owners = [whole.adapter for whole in mixture.wholes if isinstance(whole.source.delta, TokenRows)]
+    return mixture.adapters[owners[0]][0].config.get("trainable_token_indices") if owners else None
+
+
+# ------------------------------------------------------------------------------------------------------ to tell
+
+
+def _warnings(adapters: Weighted, modules: Sequence[Module]) -> Iterator[str]:
+    for adapter, weight in adapters:
+        yield from adapter.warnings
+        if adapter.scale_assumed:
+            yield f"{adapter.path} says nothing about alpha: its scale was taken to be 1"
+        if weight == 0:
+            yield f"{adapter.path} has weight 0 and is not in the mix"
+    names: dict[str, str] = {}
+    for module in modules:
+        tail = re.sub(r"^.*?(?=\.?\blayers?\.\d|\.?\bblocks?\.\d|\.?\bh\.\d)", "", module.site.module)
+        other = names.setdefault(tail, module.site.module)
+        if other != module.site.module and {part.adapter for part in module.parts}.isdisjoint(
+            part.adapter for one in modules if one.site.module == other for part in one.parts
+        ):
+            yield (
+                f"{other} and {module.site.module} are of different adapters and end alike; if they are the same layer "
+                "under two names, mix with --base BASE"
+            )
+            return

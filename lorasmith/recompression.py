@@ -1,0 +1,288 @@
+"""One module of a mix: from the factors of several adapters to those of one.
+
+as they are       one beside the other, the weights multiplied in: rank Σrᵢ, and nothing is lost
+recompressed      what a rule makes of the cores, cut off where a criterion says            (lowrank)
+element by element, or against the base: a matrix that is walked over, then approximated    (combined, sketching)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from lorasmith.combining import LINEAR, Method
+from lorasmith.combining.combined import Combined, Source, combined_core, factors, read_factor, shares_kept
+from lorasmith.crosstalk import compare
+from lorasmith.deltas.low_rank import Factor, read_tensor
+from lorasmith.dtypes import itemsize, torch_dtype
+from lorasmith.errors import AdapterMismatch
+from lorasmith.lowrank import ROUNDING, Criterion, Pair, Reduced, balanced_bases, share_kept, spectrum
+from lorasmith.mixture import Module, Part
+from lorasmith.records import MixedModule, ModuleInterference
+from lorasmith.safefile import Reader, TensorEntry
+from lorasmith.sketching import approximate
+
+if TYPE_CHECKING:
+    import torch
+
+_ELEMENTS = 1 << 19
+"""Elements of a block of a matrix that is walked over."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked of a mix: a rule, how much is kept, whether of every adapter alike, and the factors' dtype."""
+
+    method: Method = field(default_factory=Method)
+    criterion: Criterion = field(default_factory=Criterion)
+    balance: bool = False
+    code: str = "F32"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A module's new factors, (outputs, rank) and (rank, inputs), what was kept, and how its deltas interfere."""
+
+    module: Module
+    left: torch.Tensor
+    right: torch.Tensor
+    facts: MixedModule
+    interference: tuple[ModuleInterference, ...] = ()
+
+
+def make(module: Module, request: Request, adapters: int, rank: int | None = None) -> Made:
+    """The module's factors as ``request`` wants them, or of the ``rank`` that a budget for all of them gave it.
+
+    ``adapters`` is the number of all that are mixed.
+    """
+    if module.dense is not None:
+        return _rounded(_approximated(module, module.dense, request, adapters), request.code)
+    cuts = bool(request.criterion) or not request.method.is_additive
+    reduced = _reduced(module, bases=cuts)
+    core = _core(module, reduced, request.method)
+    if cuts:
+        left, right, error, kept = _recompressed(reduced, core, request, rank)
+    else:
+        left, right = _summed(module) if request.method.name == "peft-linear" else _concatenated(module)
+        total = _core(module, reduced, LINEAR)
+        error = float((core - total).norm() / total.norm()) if total.any() else 0.0
+        kept = [1.0 if one.any() else None for one in reduced.cores]
+    norms = [float(one.norm()) for one in reduced.cores]
+    facts = _facts(module, adapters, left.shape[1], float(core.norm()), error, norms, kept)
+    return _rounded(Made(module, left, right, facts, tuple(_interference(module, reduced))), request.code)
+
+
+def _rounded(made: Made, code: str) -> Made:
+    """The same with what rounding to a dtype of few bits adds to the error."""
+    if itemsize(code) >= 4 or not made.facts.norm:
+        return made
+    left, right = made.left.double(), made.right.double()
+    stored = left.to(torch_dtype(code)).double(), right.to(torch_dtype(code)).double()
+    if stored[0].equal(left) and stored[1].equal(right):
+        return made
+    pairs = [
+        Pair(made.facts.rank_out, one.__getitem__, other.t().__getitem__, sign)
+        for (one, other), sign in (((left, right), 1.0), (stored, -1.0))
+    ]
+    meant, negated = Reduced([[pair] for pair in pairs], made.facts.shape, bases=False).cores
+    lost = float((meant + negated).norm())
+    error = math.hypot(made.facts.error, lost / made.facts.norm)
+    return replace(made, facts=replace(made.facts, error=error, energy=max(0.0, 1 - error**2)))
+
+
+def singular_values(module: Module, request: Request) -> tuple[float, ...]:
+    """Of the module's combination, largest first, without what is only rounding."""
+    reduced = _reduced(module)
+    return spectrum(_core(module, reduced, request.method), reduced.floor).values
+
+
+def _reduced(module: Module, *, bases: bool = False) -> Reduced:
+    return Reduced([factors(((part.delta, 1.0),)) for part in module.parts], module.site.shape, bases=bases)
+
+
+def _core(module: Module, reduced: Reduced, method: Method) -> torch.Tensor:
+    """What the rule makes of the deltas' cores."""
+    if method.name == "peft-linear":
+        return _sums(module, reduced.outputs) @ _sums(module, reduced.inputs, signed=True).t()
+    sources = [Source(((part.delta, 1.0),), part.weight, part.digest) for part in module.parts]
+    return combined_core(method, sources, module.site.module, reduced.cores)
+
+
+def _interference(module: Module, reduced: Reduced) -> list[ModuleInterference]:
+    positions, weights = [part.adapter for part in module.parts], [part.weight for part in module.parts]
+    return compare(module.site.module, positions, reduced, weights)
+
+
+def _facts(
+    module: Module,
+    adapters: int,
+    rank: int,
+    norm: float,
+    error: float,
+    norms: Sequence[float | None],
+    energies: Sequence[float | None],
+) -> MixedModule:
+    return MixedModule(
+        module=module.site.module,
+        shape=module.site.shape,
+        rank_in=module.rank,
+        rank_out=rank,
+        norm=norm,
+        error=error,
+        energy=max(0.0, 1 - error**2),
+        norms=_placed(module, norms, adapters),
+        energies=_placed(module, energies, adapters),
+    )
+
+
+def _placed(module: Module, values: Sequence[float | None], adapters: int) -> tuple[float | None, ...]:
+    """Values of a module's parts at the positions of their adapters."""
+    placed: list[float | None] = [None] * adapters
+    for part, value in zip(module.parts, values, strict=True):
+        placed[part.adapter] = value
+    return tuple(placed)
+
+
+# ------------------------------------------------------------------------------------------ nothing is lost
+
+
+def folded(parts: Sequence[Part]) -> list[tuple[Factor, Factor, float]]:
+    """The products of all parts with their coefficients; the same factors given twice are one product."""
+    products: dict[tuple[Factor, Factor], float] = {}
+    for part in parts:
+        low = part.delta.low_rank()
+        assert low is not None, "only low-rank deltas have factors"
+        for one in low.products:
+            key = (one.left, one.right)
+            products[key] = products.get(key, 0.0) + part.weight * one.coefficient
+    return [(left, right, coefficient) for (left, right), coefficient in products.items() if coefficient]
+
+
+def folds_left(shape: tuple[int, int]) -> bool:
+    """Whether coefficients go into B, because it is the smaller of the two."""
+    return shape[0] <= shape[1]
+
+
+def _concatenated(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """All products beside one another: the exact sum, but for one rounding to float32 where a coefficient goes in."""
+    import torch
+
+    rows, columns = module.site.shape
+    on_left = folds_left(module.site.shape)
+    products = folded(module.parts)
+    rank, first = sum(right.shape[0] for _, right, _ in products), 0
+    left, right = torch.empty(rows, rank), torch.empty(rank, columns)
+    for one, other, coefficient in products:
+        last = first + other.shape[0]
+        left[:, first:last] = read_factor(one) * (coefficient if on_left else 1.0)
+        right[first:last] = read_factor(other) * (1.0 if on_left else coefficient)
+        first = last
+    return left, right
+
+
+def _summed(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """What PEFT's ``add_weighted_adapter`` makes with ``linear``: sums of factors, not of their products."""
+    rows, columns = module.site.shape
+    pairs = [pair for part in module.parts for pair in factors(((part.delta, 1.0),))]
+    left = _sums(module, [pair.left(slice(0, rows)) for pair in pairs])
+    right = _sums(module, [pair.right(slice(0, columns)) for pair in pairs], signed=True)
+    return left.float(), right.t().float()
+
+
+def _sums(module: Module, stacks: Sequence[torch.Tensor], *, signed: bool = False) -> torch.Tensor:
+    """``Σ ±√|wᵢsᵢ| · stackᵢ``, the sign on one side only (PEFT, ``_generalized_task_arithmetic_weighted_adapter``)."""
+    import torch
+
+    if len({stack.shape[1] for stack in stacks}) > 1:
+        raise AdapterMismatch(
+            f"module {module.site.module!r} has the ranks {', '.join(str(stack.shape[1]) for stack in stacks)}, and "
+            "peft-linear adds factors, which must have one; --method linear takes any"
+        )
+    scales = [part.weight * part.delta.scale for part in module.parts]
+    roots = [math.copysign(math.sqrt(abs(scale)), scale if signed else 1.0) for scale in scales]
+    return torch.stack([stack * root for stack, root in zip(stacks, roots, strict=True)]).sum(dim=0)
+
+
+# --------------------------------------------------------------------------------------------- recompressed
+
+
+def _recompressed(
+    reduced: Reduced, core: torch.Tensor, request: Request, rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor, float, list[float | None]]:
+    """New factors, the relative error, and how much of each delta's energy is in what they span."""
+    if request.balance:
+        u, v = _balanced_spans(reduced.cores, request.criterion)
+        inner = spectrum(u.t() @ core @ v, reduced.floor)
+        left, right = (span @ half for span, half in zip((u, v), inner.halves(len(inner.values)), strict=True))
+        lost = float((core - left @ right.t()).norm())
+    else:
+        whole = spectrum(core, reduced.floor)
+        kept = request.criterion.keep(whole.values) if rank is None else rank
+        left, right = whole.halves(kept)
+        u, v = whole.u[:, :kept], whole.v[:, :kept]
+        lost = math.sqrt(math.fsum(value * value for value in whole.values[kept:]))
+    norm = float(core.norm())
+    shares = [share_kept(one, u, v) for one in reduced.cores]
+    return *reduced.expand(left, right), lost / norm if norm else 0.0, shares
+
+
+def _balanced_spans(cores: Sequence[torch.Tensor], criterion: Criterion) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs and inputs in which every delta has as much of its energy as the criterion wants (or rank allows)."""
+    import torch
+
+    u, v = balanced_bases(cores)
+    most = min(u.shape[1], v.shape[1])
+    count = min(most, criterion.rank or most)
+    if criterion.energy is not None:
+        shares = [(u.t() @ core @ v).square() for core in cores if core.any()]
+        inside = torch.stack([one[:most, :most].cumsum(0).cumsum(1).diagonal() / one.sum() for one in shares])
+        enough = inside.min(dim=0).values >= criterion.energy * (1 - ROUNDING)
+        count = int(enough.nonzero()[0]) + 1 if enough.any() else most
+    return u[:, :count], v[:, :count]
+
+
+# ------------------------------------------------------------------------------------ all elements, row by row
+
+
+def _approximated(module: Module, combined: Combined, request: Request, adapters: int) -> Made:
+    """Factors of a matrix that is none of low rank by itself."""
+    import torch
+
+    opened = combined.open(torch.float32, lambda: walk(combined, module.entry))
+
+    def blocks() -> Iterator[tuple[slice, torch.Tensor]]:
+        for rows, w0 in walk(combined, module.entry):
+            block = torch.zeros(w0.shape)
+            opened.add_to(block, w0, rows, 1.0)
+            yield rows, block
+
+    found = approximate(blocks, combined.shape, request.criterion)
+    norms, kept = shares_kept(combined, lambda: walk(combined, module.entry), found.left, found.right)
+    left, right = (found.right.t(), found.left.t()) if module.turned else (found.left, found.right)
+    error = math.sqrt(max(0.0, found.norm2 - found.kept2) / found.norm2) if found.norm2 else 0.0
+    facts = _facts(module, adapters, found.rank, math.sqrt(found.norm2), error, norms, kept)
+    low = all(part.delta.low_rank() is not None for part in module.parts)
+    return Made(module, left, right, facts, tuple(_interference(module, _reduced(module))) if low else ())
+
+
+def walk(combined: Combined, entry: TensorEntry | None) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of the tensor that a combination is on, in float32; zeros where it reads none."""
+    import torch
+
+    rows, columns = combined.shape
+    height = max(1, _ELEMENTS // columns)
+    reader = None if entry is None else Reader(entry.file)
+    try:
+        for first in range(0, rows, height):
+            few = slice(first, min(rows, first + height))
+            if reader is None or entry is None:
+                yield few, torch.zeros(1, 1).expand(few.stop - few.start, columns)
+                continue
+            stored = torch.empty(few.stop - few.start, columns, dtype=torch_dtype(entry.dtype))
+            read_tensor(reader, stored, entry.start + few.start * columns * itemsize(entry.dtype))
+            yield few, stored.float()
+    finally:
+        if reader is not None:
+            reader.close()
