@@ -35,12 +35,15 @@ if TYPE_CHECKING:
         OutputExists,
         Unsupported,
     )
+    from lorasmith.extracting import extract
     from lorasmith.merging import merge, plan
     from lorasmith.mixing import interference, mix, resize
     from lorasmith.pulling import pull
     from lorasmith.pushing import push
     from lorasmith.records import (
         AdapterUse,
+        ExtractedModule,
+        ExtractReport,
         Interference,
         MergeReport,
         MixedAdapter,
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
         Plan,
         Progress,
         Pushed,
+        StoredTensor,
         Survival,
         TargetGroup,
         TensorSurvival,
@@ -58,12 +62,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "lorasmith.adapter": ("Adapter",),
+    "lorasmith.extracting": ("extract",),
     "lorasmith.merging": ("merge", "plan"),
     "lorasmith.pulling": ("pull",),
     "lorasmith.pushing": ("push",),
     "lorasmith.mixing": ("interference", "mix", "resize"),
     "lorasmith.records": (
         "AdapterUse",
+        "ExtractReport",
+        "ExtractedModule",
         "Interference",
         "MergeReport",
         "Origin",
@@ -74,6 +81,7 @@ _HOME = {
         "Plan",
         "Progress",
         "Pushed",
+        "StoredTensor",
         "Survival",
         "TargetGroup",
         "TensorSurvival",
@@ -107,6 +115,8 @@ __all__ = [
     "BadOption",
     "BranchMoved",
     "BudgetTooSmall",
+    "ExtractReport",
+    "ExtractedModule",
     "HubFailed",
     "HubRefused",
     "IOFailed",
@@ -127,11 +137,13 @@ __all__ = [
     "Plan",
     "Progress",
     "Pushed",
+    "StoredTensor",
     "Survival",
     "TargetGroup",
     "TensorSurvival",
     "Unsupported",
     "__version__",
+    "extract",
     "interference",
     "merge",
     "mix",

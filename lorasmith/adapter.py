@@ -41,6 +41,11 @@ class ModuleDelta:
     may_be_new: bool = False
     weight: float = 1.0
 
+    @property
+    def path(self) -> str:
+        """The parameter's whole name; of one that is the model's own, its module's is empty."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
 
 @dataclass(frozen=True)
 class Adapter:

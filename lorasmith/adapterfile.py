@@ -18,7 +18,7 @@ from lorasmith.execution.workplace import claim
 from lorasmith.formats.writing import Site, longest_config
 from lorasmith.growingfile import GrowingFile
 from lorasmith.records import Output, SideFile
-from lorasmith.safefile import require_unchanged
+from lorasmith.safefile import TensorEntry, require_unchanged
 from lorasmith.sidefiles import PROVENANCE, written
 
 if TYPE_CHECKING:
@@ -104,6 +104,10 @@ class AdapterFile:
         """Append bytes of the tensor that was begun last."""
         self._file.write(data)
 
+    def copy(self, name: str, entry: TensorEntry) -> None:
+        """Append a tensor as it is stored elsewhere."""
+        self._file.copy(name, entry)
+
     def finish(self) -> tuple[int, dict[str, Any]]:
         """Write the header and return once all is on the disk: the file's size in bytes, and the config."""
         config = self._config(self._ranks)
@@ -150,12 +154,18 @@ def is_file(out: str) -> bool:
 
 @contextlib.contextmanager
 def open_spot(
-    out: str | None, digest: str, inputs: Sequence[tuple[str, int, int]], *, overwrite: bool
+    out: str | None,
+    digest: str,
+    inputs: Sequence[tuple[str, int, int]],
+    *,
+    overwrite: bool,
+    beside: Sequence[SideFile] = (),
 ) -> Iterator[Spot | None]:
     """A place to write an adapter to for the time of a ``with`` block; what is not finished does not appear.
 
     ``digest`` names the result and ``inputs`` are the stamps of what it is made from: None is given where an earlier
-    run has finished all of it. Without ``out``, the file is in a temporary folder, which is the caller's to remove.
+    run has finished all of it. ``beside`` are more files for a folder. Without ``out``, the file is in a temporary
+    folder, which is the caller's to remove.
     """
     if out is None:
         folder = tempfile.mkdtemp(prefix="lorasmith-")
@@ -172,7 +182,8 @@ def open_spot(
         def finish(config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
             require_unchanged(inputs)
             texts = {} if inside else {CONFIG: config, PROVENANCE: record}
-            place.write_side_files([written(name, dumped(facts) + "\n") for name, facts in texts.items()])
+            files = [written(name, dumped(facts) + "\n") for name, facts in texts.items()]
+            place.write_side_files([*files, *(() if inside else beside)])
             place.publish()
 
         yield None if place.published else Spot(place.path(WEIGHTS), inside, finish)

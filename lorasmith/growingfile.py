@@ -10,13 +10,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lorasmith.safefile import build_header
+from lorasmith.safefile import Reader, TensorEntry, build_header
 
 if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 64
 """Tensor data begins at a multiple of so many bytes."""
+
+_BLOCK = 4 << 20
 
 
 class GrowingFile:
@@ -49,6 +51,18 @@ class GrowingFile:
 
         self.begin(name, code, tuple(tensor.shape), tensor.nbytes)
         self.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def copy(self, name: str, entry: TensorEntry) -> None:
+        """Append a tensor as it is stored elsewhere."""
+        self.begin(name, entry.dtype, entry.shape, entry.nbytes)
+        reader, buffer = Reader(entry.file), memoryview(bytearray(min(_BLOCK, entry.nbytes)))
+        try:
+            for start in range(0, entry.nbytes, _BLOCK):
+                block = buffer[: min(_BLOCK, entry.nbytes - start)]
+                reader.into(block, entry.start + start)
+                self.write(block)
+        finally:
+            reader.close()
 
     def finish(self, metadata: Mapping[str, str]) -> int:
         """Write the header, and return once the file is on the disk; its size in bytes."""

@@ -18,13 +18,10 @@ from lorasmith.growingfile import GrowingFile
 from lorasmith.mixture import Mixture, Module, Whole, saved_modules, trained_tokens
 from lorasmith.recompression import Made, Request, make, walk
 from lorasmith.records import Progress
-from lorasmith.safefile import Reader, TensorEntry
 from lorasmith.weightfile import read_weights
 
 if TYPE_CHECKING:
     import torch
-
-_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -134,21 +131,12 @@ def _shape(whole: Whole) -> tuple[str, str, tuple[int, ...]]:
 
 def _write_wholes(file: AdapterFile, wholes: Iterable[Whole]) -> None:
     for whole in sorted(wholes, key=lambda one: -itemsize(_shape(one)[1])):
+        if not whole.parts:
+            file.copy(whole.name, whole.stored)
+            continue
         file.begin(_shape(whole))
-        for block in _weighed(whole) if whole.parts else _stored(whole.stored):
+        for block in _weighed(whole):
             file.write(block)
-
-
-def _stored(entry: TensorEntry) -> Iterator[memoryview]:
-    """A tensor's bytes as they are."""
-    reader, buffer = Reader(entry.file), memoryview(bytearray(_BLOCK))
-    try:
-        for start in range(0, entry.nbytes, _BLOCK):
-            block = buffer[: min(_BLOCK, entry.nbytes - start)]
-            reader.into(block, entry.start + start)
-            yield block
-    finally:
-        reader.close()
 
 
 def _weighed(whole: Whole) -> Iterator[memoryview]:
@@ -200,10 +188,8 @@ def _copy(job: Job, spot: Spot) -> int:
     facts = [(names[one.name], one.dtype, one.shape, one.nbytes) for one in header.entries]
     file = GrowingFile(spot.path, facts, metadata)
     try:
-        for entry, fact in zip(header.entries, facts, strict=True):
-            file.begin(*fact)
-            for block in _stored(entry):
-                file.write(block)
+        for entry in header.entries:
+            file.copy(names[entry.name], entry)
         size = file.finish(metadata)
     finally:
         file.close()

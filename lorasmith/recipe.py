@@ -29,7 +29,7 @@ def recipe(checkpoint: Checkpoint, uses: Sequence[AdapterUse], **options: Any) -
             {"file": os.path.basename(shard.file), "size": shard.size, "header_sha256": shard.sha256}
             for shard in checkpoint.shards
         ],
-        **_origin("base_", checkpoint.origin),
+        **origin_facts("base_", checkpoint.origin),
         "adapters": [
             {
                 "weight": use.weight,
@@ -38,14 +38,14 @@ def recipe(checkpoint: Checkpoint, uses: Sequence[AdapterUse], **options: Any) -
                 "rank": list(use.rank),
                 "scale": list(use.scale),
                 "names_base": use.names_base,
-                **_origin("", use.origin),
+                **origin_facts("", use.origin),
             }
             for use in uses
         ],
     }
 
 
-def _origin(prefix: str, origin: Origin | None) -> dict[str, str]:
+def origin_facts(prefix: str, origin: Origin | None) -> dict[str, str]:
     """The repository on the Hub that an input is from, and the commit; nothing for one that is from a disk."""
     if origin is None:
         return {}

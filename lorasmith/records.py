@@ -410,6 +410,72 @@ class MixReport:
         return {"schema": REPORT_SCHEMA, **plain(facts)}
 
 
+# --------------------------------------------------------------------------------------- extracting an adapter
+
+
+@dataclass(frozen=True)
+class ExtractedModule:
+    """What became of one weight that tuning has changed, of ``shape`` (outputs, inputs).
+
+    ``norm`` is ‖TUNED − BASE‖ and ``relative_norm`` that over the base's; ``error`` is what the adapter lacks of the
+    change, as it is written, ‖TUNED − BASE − ΔW‖/‖TUNED − BASE‖, and ``energy`` = 1 − error² the share that it has.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    relative_norm: float
+    error: float
+    energy: float
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the tuned model that the adapter has as it is."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What became of two models. ``rank`` is (smallest, largest); times in seconds, sizes in bytes.
+
+    ``error`` and ``energy`` are those of all ``modules`` together. ``whole`` are the tensors that are stored as they
+    are, ``unchanged`` the names of those left out. ``vocabulary`` is its size before and after, if that has changed;
+    ``out`` is None where nothing was written to a place of its own.
+    """
+
+    out: str | None
+    base: str
+    tuned: str
+    criterion: Mapping[str, float]
+    dtype: str
+    device: str
+    rank: tuple[int, int]
+    params: int
+    error: float
+    energy: float
+    modules: tuple[ExtractedModule, ...]
+    whole: tuple[StoredTensor, ...]
+    unchanged: tuple[str, ...]
+    vocabulary: tuple[int, int] | None
+    bytes_written: int
+    seconds: float
+    peak_memory: int
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    adapter: Adapter | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types; ``schema`` is the version of this layout."""
+        facts = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "adapter"}
+        return {"schema": REPORT_SCHEMA, **plain(facts)}
+
+
 def plain(value: Any) -> Any:
     """Dataclasses, mappings and tuples as JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

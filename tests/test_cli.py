@@ -688,7 +688,7 @@ def options_of(command: click.Command) -> set[str]:
     return {name for one in command.params if isinstance(one, click.Option) for name in one.opts}
 
 
-@pytest.mark.parametrize(("section", "command"), [("Merging", "merge"), ("Mixing", "mix")])
+@pytest.mark.parametrize(("section", "command"), [("Merging", "merge"), ("Mixing", "mix"), ("Extracting", "extract")])
 def test_the_readme_s_tables_have_every_option_and_no_other(section: str, command: str) -> None:
     text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `-")]
@@ -757,6 +757,16 @@ def test_the_readme_s_commands_run(room: Path) -> None:
         shutil.rmtree("merged", ignore_errors=True)
         done = shell(line)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_s_extraction_runs(room: Path) -> None:
+    os.rename("merged", "tuned")
+    shutil.rmtree("adapter")
+    (line,) = re.findall(r"^\$ (lorasmith extract .*)$", README, re.M)
+    done = shell(line)
+    assert done.returncode == 0, done.stderr
+    assert [row.split()[0] for row in done.stdout.splitlines()[:3]] == ["Extracted", "base", "tuned"]
+    assert (room / "adapter" / "adapter_config.json").is_file()
 
 
 def test_errors_come_through_where_a_program_calls_the_command(room: Path) -> None:

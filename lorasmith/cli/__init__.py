@@ -16,6 +16,7 @@ import click
 
 from lorasmith import __version__
 from lorasmith.cli.demo import demo
+from lorasmith.cli.extract import extract
 from lorasmith.cli.merge import merge
 from lorasmith.cli.mix import mix
 from lorasmith.cli.output import error
@@ -39,6 +40,7 @@ commands.add_command(push)
 commands.add_command(pull)
 commands.add_command(mix)
 commands.add_command(resize)
+commands.add_command(extract)
 commands.add_command(demo)
 
 

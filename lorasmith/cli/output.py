@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from lorasmith.errors import IOFailed, one_line
+from lorasmith.errors import IOFailed, listed, one_line
 
 if TYPE_CHECKING:
     from lorasmith.records import (
         AdapterUse,
+        ExtractedModule,
+        ExtractReport,
         Interference,
         MergeReport,
         MixedModule,
@@ -103,6 +105,14 @@ class Output:
             self._data({"path": path})
         else:
             self._text([path])
+
+    def extracted(self, report: ExtractReport) -> None:
+        """What an extraction found, and did."""
+        if self.as_json:
+            self._data(report.to_dict())
+        else:
+            self._text(_extract_lines(report))
+        self._warn(report.warnings)
 
     def mixed(self, report: MixReport) -> None:
         """What a mix made, or would make."""
@@ -234,6 +244,47 @@ def _report_lines(report: MergeReport) -> Iterator[str]:
         yield f"pushed   {report.pushed.url} (commit {report.pushed.commit})"
     yield f"memory   {size(report.peak_memory)} at most"
     yield from (f"note     {note}" for note in report.notes)
+
+
+def _extract_lines(report: ExtractReport) -> Iterator[str]:
+    yield f"Extracted into {report.out}" if report.out else "Nothing was written (--dry-run)."
+    yield f"base     {report.base}"
+    yield f"tuned    {report.tuned}"
+    yield ""
+    yield from _extracted_modules(report.modules)
+    yield ""
+    facts = f"rank {_span(report.rank)}, {report.params:,} parameters in {report.dtype}"
+    yield f"LoRA     {_count(len(report.modules), 'module')}, {facts}"
+    yield f"kept     {report.energy:.4%} of the energy of their changes, error {report.error:.3g}"
+    if report.whole:
+        stored = sum(one.nbytes for one in report.whole)
+        yield f"whole    {_count(len(report.whole), 'tensor')}, {size(stored)}: {listed(_names(report))}"
+    yield f"left out {_count(len(report.unchanged), 'tensor')} that did not change"
+    if report.out:
+        yield f"written  {size(report.bytes_written)} in {report.seconds:.1f} s"
+    yield f"memory   {size(report.peak_memory)} at most"
+    yield from (f"note     {note}" for note in report.notes)
+
+
+def _extracted_modules(modules: Sequence[ExtractedModule]) -> Iterator[str]:
+    """Modules of one kind in one line, numbers in their names replaced by ``*``."""
+    groups: dict[str, list[ExtractedModule]] = {}
+    for one in modules:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", one.module), []).append(one)
+    rows = [("target", "modules", "rank", "change", "of base", "energy kept", "largest error")]
+    for name, some in groups.items():
+        norms = [one.norm for one in some]
+        total = sum(norm**2 for norm in norms)
+        energy = sum(one.energy * one.norm**2 for one in some) / total
+        ranks, shares = [one.rank for one in some], max(one.relative_norm for one in some)
+        figures = (f"{total**0.5:.3g}", f"{shares:.2%}", f"{energy:.4%}", f"{max(one.error for one in some):.3g}")
+        rows.append((name, str(len(some)), _span((min(ranks), max(ranks))), *figures))
+    yield from _table(rows)
+
+
+def _names(report: ExtractReport) -> list[str]:
+    """The tensors stored whole, layers that differ in their numbers only once."""
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", one.tensor) for one in report.whole))
 
 
 def _adapter_lines(uses: Sequence[AdapterUse]) -> Iterator[str]:

@@ -89,33 +89,58 @@ def lora_config(
     ``tokens`` is what ``trainable_token_indices`` becomes. Raises AdapterMismatch where the adapters differ in what can
     only be one thing.
     """
-    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    alphas = alphas or ranks
-    alpha = Counter(alphas.values()).most_common(1)[0][0] if ranks else 1
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": _common(adapters, "task_type"),
-        "base_model_name_or_path": next((one.names_base for one in adapters if one.names_base), None),
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != r},
-        "alpha_pattern": {_pattern(module, ranks): value for module, value in alphas.items() if value != alpha},
-        "target_modules": _targets(adapters, ranks, every=every),
-        "lora_dropout": 0.0,
-        "bias": next((bias for one in adapters if (bias := one.config.get("bias") or "none") != "none"), "none"),
-        "fan_in_fan_out": any(one.fan_in_fan_out for one in adapters),
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "layer_replication": _same(adapters, "layer_replication"),
-        "modules_to_save": list(saved) or None,
-    }
+    config = config_of(
+        ranks,
+        alphas or ranks,
+        _targets(adapters, ranks, every=every),
+        task_type=_common(adapters, "task_type"),
+        names_base=next((one.names_base for one in adapters if one.names_base), None),
+        bias=next((bias for one in adapters if (bias := one.config.get("bias") or "none") != "none"), "none"),
+        fan_in_fan_out=any(one.fan_in_fan_out for one in adapters),
+        layer_replication=_same(adapters, "layer_replication"),
+        saved=saved,
+    )
     if lora_bias:
         config["lora_bias"] = True
     if tokens is not None:
         config["trainable_token_indices"] = tokens
     return config
+
+
+def config_of(
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    targets: Sequence[str],
+    *,
+    task_type: str | None,
+    names_base: str | None,
+    bias: object,
+    fan_in_fan_out: bool,
+    saved: Sequence[str],
+    layer_replication: object = None,
+) -> dict[str, Any]:
+    """The LoraConfig of modules with these ranks and alphas, in which PEFT finds them by ``targets``."""
+    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    alpha = Counter(alphas.values()).most_common(1)[0][0] if ranks else 1
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": names_base,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {_pattern(module, ranks): rank for module, rank in ranks.items() if rank != r},
+        "alpha_pattern": {_pattern(module, ranks): value for module, value in alphas.items() if value != alpha},
+        "target_modules": list(targets),
+        "lora_dropout": 0.0,
+        "bias": bias,
+        "fan_in_fan_out": fan_in_fan_out,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "layer_replication": layer_replication,
+        "modules_to_save": list(saved) or None,
+    }
 
 
 def longest_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:

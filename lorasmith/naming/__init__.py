@@ -38,7 +38,7 @@ def match(
     Raises AdapterMismatch when some find no tensor (unless ``allow_unmatched``), or when two rules fit equally.
     """
     best: dict[str, TensorEntry] = {}
-    wanted = [f"{one.module}.{one.parameter}" for one in adapter.deltas]
+    wanted = [one.path for one in adapter.deltas]
     for names in _namings(tensors, checkpoint):
         found = _bind(adapter, wanted, names)
         if len(found) > len(best):
@@ -109,7 +109,7 @@ def _tail(name: str) -> str:
 
 def _describe(adapter: Adapter, checkpoint: Checkpoint, left: list[ModuleDelta], some: bool) -> str:
     missing = [name for one in left for name in one.tensors]
-    wanted = f"{left[0].module}.{left[0].parameter}"
+    wanted = left[0].path
     alike = [entry.name for entry in checkpoint.entries if _tail(entry.name) == _tail(wanted)]
     names = alike or [entry.name for entry in checkpoint.entries]
     near = difflib.get_close_matches(wanted, names[:_COMPARED], n=2, cutoff=0.5)
