@@ -24,7 +24,6 @@ from lorasmith.hub.writing import (
     CannotCopy,
     Target,
     addition,
-    check_writable,
     commit,
     copy_of,
     deletion_of,
@@ -64,11 +63,6 @@ def target(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise BadOption(f"{repo!r} is no name of a repository to push to; write it like me/name")
     return Target(name, revision, private, create_pr, commit_message)
-
-
-def require_right(to: Target, *, token: str | None = None, endpoint: str | None = None) -> None:
-    """Raise HubRefused unless the token may push to a target: a command that works long asks before it begins."""
-    check_writable(Hub(endpoint, token), to)
 
 
 class Upload:
@@ -257,8 +251,13 @@ def push(
     path = os.fspath(path)
     require_path(path)
     to = target(repo, revision=revision, private=private, create_pr=create_pr, commit_message=commit_message)
+    message = f"Upload {os.path.basename(os.path.abspath(path))}"
+    return send(Hub(endpoint, token), to, path, card=card, message=message)
+
+
+def send(hub: Hub, to: Target, path: str, *, card: str | os.PathLike[str] | None, message: str) -> Pushed:
+    """Push what is at a path to a target; ``push`` says how."""
     files: dict[str, str | bytes] = dict(files_of(path))
-    hub = Hub(endpoint, token)
     text = read_card(card) if card is not None else None if CARD in files else _card_of(path, to.repo)
     if text is not None:
         require_valid(hub, to, text)
@@ -268,7 +267,7 @@ def push(
     operations: dict[str, Operation] = {name: upload(hub, to, name, file) for name, file in large.items()}
     operations |= {name: addition(name, file) for name, file in files.items() if name not in large}
     stale = left_overs(files_at(hub, to), operations)
-    return commit(hub, to, [*operations.values(), *stale], f"Upload {os.path.basename(os.path.abspath(path))}")
+    return commit(hub, to, [*operations.values(), *stale], message)
 
 
 def read_card(file: str | os.PathLike[str]) -> str:

@@ -403,6 +403,7 @@ class MixReport:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     adapter: Adapter | None = None
+    pushed: Pushed | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types; ``schema`` is the version of this layout."""

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from generate import Lora, bases, sha256, tree, write_adapter, write_base, write_json
+from generate import bases, sha256, tree, write_adapter, write_base, write_json
 from hub_server import READER, WRITER, Hub
 from huggingface_hub import ModelCard
+from safetensors.torch import load
 from test_hub import README, SCRIPT, SIZES, Run, home, run, whole
 
 import lorasmith
@@ -628,6 +629,53 @@ print(float((one - other).abs().max()), float((one - before).abs().max()))
     assert change > 100 * error
 
 
+# ----------------------------------------------------------------------------------------------------------- mix
+
+
+def test_a_mix_of_names_goes_to_a_repository_with_peft_s_card(
+    hub: Hub, run: Run, made: Path, tmp_path: Path, home: Path
+) -> None:
+    for name in ("lora", "small"):
+        shutil.copytree(made / name, tmp_path / name)
+        facts = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        write_json(tmp_path / name / "adapter_config.json", {**facts, "base_model_name_or_path": "org/base"})
+        hub.add(f"me/{name}", tmp_path / name)
+        shutil.rmtree(tmp_path / name)
+    done = run("mix", "me/lora:0.5", "me/small@main", "--push", "me/mixed", "--private", token=WRITER)
+    assert f"pushed   {hub.url}/me/mixed (commit " in done.stdout
+    assert hub.repositories["me/mixed"].private
+    assert nothing_left(tmp_path, home)
+    assert ModelCard(hub.content("me/mixed", "README.md").decode()).data.to_dict() == {
+        "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["base_model:adapter:org/base", "lora", "lorasmith", "transformers"],
+    }
+    record = json.loads(hub.content("me/mixed", "lorasmith.json"))
+    assert [one["repo"] for one in record["adapters"]] == ["me/lora", "me/small"]
+    lorasmith.mix([(made / "lora", 0.5), made / "small"], tmp_path / "wanted")
+    wanted, mixed = (
+        load(content)
+        for content in (
+            (tmp_path / "wanted" / "adapter_model.safetensors").read_bytes(),
+            hub.content("me/mixed", "adapter_model.safetensors"),
+        )
+    )
+    assert wanted.keys() == mixed.keys()
+    assert all(torch.equal(wanted[name], mixed[name]) for name in wanted)
+    assert "[me/lora]" in hub.content("me/mixed", "README.md").decode()
+
+
+def test_a_mix_asks_for_the_right_to_push_before_it_begins(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
+    hub.add("me/mixed", made / "lora")
+    done = run("mix", "me/lora", "me/small", "--push", "me/mixed", "-o", "out", code=1, token=READER)
+    assert re.fullmatch(r"Error: this token has no right to write to it.*\n", done.stderr)
+    assert os.listdir(tmp_path) in ([], ["home"])
+    done = run("mix", "me/lora", "me/small", "--push", "me/mixed", "-o", "out.safetensors", code=2, token=WRITER)
+    assert "in a folder" in done.stderr
+
+
 # -------------------------------------------------------------------------------------------------- and the rest
 
 
@@ -665,6 +713,3 @@ def test_progress_counts_what_passes_through(hub: Hub, at: dict[str, str]) -> No
     lorasmith.merge("org/base", "me/lora", push="me/merged", stream=True, progress=events.append, **at)
     assert events[-1].done == events[-1].total > 0
     assert events[-1].seconds <= time.monotonic() - began
-
-
-_ = (torch, Lora)

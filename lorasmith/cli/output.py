@@ -308,6 +308,8 @@ def _target_lines(targets: Sequence[TargetGroup], *, several: bool) -> Iterator[
 
 def _mix_lines(report: MixReport) -> Iterator[str]:
     yield "Nothing was written (--dry-run)" if report.out is None else f"Mixed into {report.out}"
+    if report.pushed is not None:
+        yield f"pushed   {report.pushed.url} (commit {report.pushed.commit})"
     yield from _mixed_adapters(report)
     yield ""
     yield from _mixed_modules(report.modules)
