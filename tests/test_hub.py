@@ -362,6 +362,21 @@ def test_a_download_that_fails_for_a_while_goes_on(
     assert sum(one.sent for one in hub.asked("GET", SHARD) if one.span != "bytes=0-65535") <= sizes + (1 << 16)
 
 
+def test_an_extraction_takes_names(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
+    hub.add("me/merged", made / "merged")
+    run("extract", "org/base", "me/merged", "-o", "by-names", "--rank", "4", "-q")
+    lorasmith.extract(made / "base", made / "merged", tmp_path / "by-paths", rank=4)
+    ours, wanted = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("by-names", "by-paths"))
+    assert ours == wanted
+
+
+def test_a_resize_takes_a_name(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
+    run("resize", "me/lora", "-o", "by-name", "--rank", "2", "-q")
+    lorasmith.resize(made / "lora", tmp_path / "by-path", rank=2)
+    ours, wanted = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("by-name", "by-path"))
+    assert ours == wanted
+
+
 # ------------------------------------------------------------------------------------------------------ offline
 
 
