@@ -8,15 +8,15 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from lorasmith.errors import BadFile, IOFailed, LorasmithError, MissingFile, Unsupported, listed
+from lorasmith.errors import BadFile, LorasmithError, MissingFile, Unsupported, listed
+from lorasmith.folders import Folder, OnDisk
 from lorasmith.jsonfile import load_json, read_json
 from lorasmith.records import Origin
 from lorasmith.safefile import Header, TensorEntry
-from lorasmith.weightfile import read_weights
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -77,75 +77,6 @@ class Checkpoint:
         return tuple(shard.file for shard in self.shards)
 
 
-class Folder(Protocol):
-    """Where a model's files are; names are relative to it, with slashes.
-
-    ``name`` is what to call it, ``path`` where its files are or will be.
-    """
-
-    name: str
-    path: str
-
-    def names(self, inside: str = "") -> list[str]:
-        """What is in the folder, or in one inside it, sorted."""
-
-    def has(self, name: str) -> bool:
-        """Whether there is anything of this name."""
-
-    def is_folder(self, name: str) -> bool:
-        """Whether there is a folder of this name."""
-
-    def is_file(self, name: str) -> bool:
-        """Whether there is a file of this name."""
-
-    def here(self, name: str) -> str:
-        """The path of a small file that can be read now."""
-
-    def weights(self, name: str) -> tuple[Header, tuple[str, ...]]:
-        """The header of a file of weights, and notes on it."""
-
-    def all_weights(self, names: Sequence[str]) -> list[tuple[Header, tuple[str, ...]]]:
-        """The same for several."""
-
-
-class OnDisk:
-    """A folder of this machine."""
-
-    def __init__(self, path: str) -> None:
-        self.name = self.path = path
-
-    def names(self, inside: str = "") -> list[str]:
-        """The sorted names in it; IOFailed where it may not be read."""
-        return names_in(self._at(inside) if inside else self.path)
-
-    def has(self, name: str) -> bool:
-        """Whether it is there, links followed."""
-        return os.path.exists(self._at(name))
-
-    def is_folder(self, name: str) -> bool:
-        """Whether it is one, links followed."""
-        return os.path.isdir(self._at(name))
-
-    def is_file(self, name: str) -> bool:
-        """Whether it is one, links followed."""
-        return os.path.isfile(self._at(name))
-
-    def here(self, name: str) -> str:
-        """Its path."""
-        return self._at(name)
-
-    def weights(self, name: str) -> tuple[Header, tuple[str, ...]]:
-        """What ``read_weights`` gives."""
-        return read_weights(self._at(name))
-
-    def all_weights(self, names: Sequence[str]) -> list[tuple[Header, tuple[str, ...]]]:
-        """What it gives for each."""
-        return [self.weights(name) for name in names]
-
-    def _at(self, name: str) -> str:
-        return os.path.join(self.path, name)
-
-
 def open_checkpoint(path: str) -> Checkpoint:
     """Open a model folder or a bare ``.safetensors`` file by its headers.
 
@@ -178,14 +109,6 @@ def require_path(path: str) -> None:
     folder = os.path.dirname(path.rstrip(os.sep))
     hint = f"; did you mean {listed([os.path.join(folder, one) for one in near])}?" if near else ""
     raise MissingFile(f"{path} does not exist{hint}")
-
-
-def names_in(folder: str) -> list[str]:
-    """The sorted names in a folder; IOFailed where it may not be read."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise IOFailed(f"the folder {folder} cannot be read: {error.strerror}") from error
 
 
 def open_file(folder: Folder, name: str, called: str) -> Checkpoint:

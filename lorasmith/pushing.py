@@ -16,8 +16,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from lorasmith.card import adapter_card, model_card
-from lorasmith.checkpoint import TOKENIZER_FILES, OnDisk, model_files, names_in, require_path
+from lorasmith.checkpoint import TOKENIZER_FILES, model_files, require_path
 from lorasmith.errors import BadFile, BadOption, HubFailed
+from lorasmith.folders import OnDisk, names_in
 from lorasmith.formats import ADAPTER_FILES, adapter_file
 from lorasmith.hub import Hub, reference
 from lorasmith.hub.writing import (

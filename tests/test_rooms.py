@@ -49,6 +49,7 @@ ROOMS = (
     "deltas",
     "checkpoint",
     "hub",
+    "folders",
     "rounding",
     "records",
     "growingfile",

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from lorasmith.adapter import Adapter
-from lorasmith.checkpoint import Folder, OnDisk, require_path
+from lorasmith.checkpoint import require_path
 from lorasmith.errors import AdapterMismatch, BadFile, MissingFile, Unsupported, listed
+from lorasmith.folders import Folder, OnDisk
 from lorasmith.formats import peft
 from lorasmith.safefile import Header
 from lorasmith.weightfile import read_weights
