@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorasmith.deltas import Delta
 from lorasmith.errors import NotFinite
+from lorasmith.records import Origin
 from lorasmith.safefile import Header, Reader, TensorEntry
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Adapter:
     side_files: Mapping[str, str]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    origin: Origin | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from lorasmith.adapter import Adapter
 from lorasmith.errors import BadOption, listed
-from lorasmith.formats import read_adapter
 
 Path = str | os.PathLike[str]
 Given = Path | Adapter
@@ -30,10 +29,6 @@ class Weighted:
     @property
     def path(self) -> str:
         return self.given if isinstance(self.given, str) else self.given.path
-
-    def read(self) -> Adapter:
-        """The adapter; raises what ``read_adapter`` does."""
-        return read_adapter(self.given) if isinstance(self.given, str) else self.given
 
 
 def weighted(adapters: AdapterArguments) -> list[Weighted]:

@@ -9,13 +9,14 @@ import difflib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from lorasmith.errors import BadFile, IOFailed, LorasmithError, MissingFile, Unsupported, listed
+from lorasmith.errors import BadFile, LorasmithError, MissingFile, Unsupported, listed
+from lorasmith.folders import Folder, OnDisk
 from lorasmith.jsonfile import load_json, read_json
+from lorasmith.records import Origin
 from lorasmith.safefile import Header, TensorEntry
-from lorasmith.weightfile import read_weights
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -50,7 +51,8 @@ class Checkpoint:
     """A base: shards in file order, its index and config as read, and its side files.
 
     ``folder`` is None for a bare file. ``side_files`` maps the relative name to the path of every file that
-    belongs to the model without being weights. ``notes`` say what was passed over.
+    belongs to the model without being weights. ``notes`` say what was passed over. A base on the Hub has an
+    ``origin``; its files need not be here yet, and ``known`` has size and digest of them by their paths.
     """
 
     path: str
@@ -62,6 +64,8 @@ class Checkpoint:
     config_file: str | None
     side_files: Mapping[str, str]
     notes: tuple[str, ...]
+    origin: Origin | None = None
+    known: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def entries(self) -> Iterator[TensorEntry]:
@@ -79,7 +83,13 @@ def open_checkpoint(path: str) -> Checkpoint:
     Raises MissingFile, BadFile, or Unsupported for pickled and quantised weights.
     """
     require_path(path)
-    checkpoint = _open_folder(path) if os.path.isdir(path) else _open_file(path)
+    if os.path.isdir(path):
+        return checked(open_folder(OnDisk(path)))
+    return checked(open_file(OnDisk(os.path.dirname(path)), os.path.basename(path), path))
+
+
+def checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, having refused tensors that stand in two files and quantised weights."""
     _refuse_duplicates(checkpoint)
     _refuse_quantised(checkpoint)
     return checkpoint
@@ -101,53 +111,47 @@ def require_path(path: str) -> None:
     raise MissingFile(f"{path} does not exist{hint}")
 
 
-def names_in(folder: str) -> list[str]:
-    """The sorted names in a folder; IOFailed where it may not be read."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise IOFailed(f"the folder {folder} cannot be read: {error.strerror}") from error
+def open_file(folder: Folder, name: str, called: str) -> Checkpoint:
+    """Open a bare file of a folder, and the config beside it; ``checked`` is left to do."""
+    header, notes = folder.weights(name)
+    config_file = folder.here("config.json") if folder.is_file("config.json") else None
+    config = read_json(config_file) if config_file else {}
+    return Checkpoint(called, None, (header,), None, None, config, config_file, {}, notes)
 
 
-def _open_file(path: str) -> Checkpoint:
-    header, notes = read_weights(path)
-    beside = os.path.join(os.path.dirname(path), "config.json")
-    config_file = beside if os.path.isfile(beside) else None
-    config = read_json(beside) if config_file else {}
-    return Checkpoint(path, None, (header,), None, None, config, config_file, {}, notes)
-
-
-def _open_folder(folder: str) -> Checkpoint:
-    names = names_in(folder)
-    config_file = os.path.join(folder, "config.json")
-    config = read_json(config_file) if "config.json" in names else {}
-    weights = _choose_weights(folder, names, config)
+def open_folder(folder: Folder) -> Checkpoint:
+    """Open a model folder by its headers, wherever it is; ``checked`` is left to do."""
+    names = folder.names()
+    config_file = folder.here("config.json") if "config.json" in names else None
+    config = read_json(config_file) if config_file else {}
+    weights = choose_weights(folder.name, names, config)
     index = None
     if weights.endswith(".index.json"):
-        index = read_json(os.path.join(folder, weights))
+        index = read_json(folder.here(weights))
         shards, notes = _open_shards(folder, weights, index)
     else:
-        header, notes = read_weights(os.path.join(folder, weights))
+        header, notes = folder.weights(weights)
         shards = (header,)
     used = {os.path.basename(shard.file) for shard in shards} | {weights}
     unused = [name for name in names if _is_weights(name) and name not in used]
-    unused += [name + "/" for name in names if name in FOREIGN_FOLDERS and os.path.isdir(os.path.join(folder, name))]
+    unused += [name + "/" for name in names if name in FOREIGN_FOLDERS and folder.is_folder(name)]
     if unused:
         notes = (f"weights are read from {weights}; not used: {listed(unused)}", *notes)
+    own = {os.path.relpath(shard.file, folder.path).replace(os.sep, "/") for shard in shards}
     return Checkpoint(
-        path=folder,
-        folder=folder,
+        path=folder.name,
+        folder=folder.path,
         shards=shards,
         index=index,
         index_name=weights if index is not None else None,
         config=config,
-        config_file=config_file if "config.json" in names else None,
-        side_files=_side_files(folder, {os.path.relpath(shard.file, folder).replace(os.sep, "/") for shard in shards}),
+        config_file=config_file,
+        side_files=_side_files(folder, own),
         notes=notes,
     )
 
 
-def _choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) -> str:
+def choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) -> str:
     """The file transformers would load (``_get_resolved_checkpoint_files``), or the only one there is."""
     explicit = config.get("transformers_weights")
     if explicit is not None:
@@ -187,26 +191,48 @@ def _no_weights(folder: str, names: list[str]) -> LorasmithError:
     return MissingFile(f"{folder} holds no *.safetensors file; is it a model folder, and was it downloaded completely?")
 
 
-def _open_shards(folder: str, index_name: str, index: Mapping[str, Any]) -> tuple[tuple[Header, ...], tuple[str, ...]]:
-    where = os.path.join(folder, index_name)
+def model_files(folder: Folder) -> list[str]:
+    """The names of the files that a model in a folder consists of: its weights, as transformers would load them, and
+    what belongs to them. No weights are read.
+    """
+    names = folder.names()
+    config = read_json(folder.here("config.json")) if "config.json" in names else {}
+    weights = choose_weights(folder.name, names, config)
+    shards = [weights]
+    if weights.endswith(".index.json"):
+        shards = sorted(_placed(folder, weights, read_json(folder.here(weights))))
+    return [*dict.fromkeys([*shards, weights, *_side_files(folder, shards)])]
+
+
+def _placed(folder: Folder, index_name: str, index: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The shards of an index, and the tensors that it places in each."""
+    where = os.path.join(folder.path, index_name)
     ending = ".safetensors" if index_name.endswith(INDEX_SUFFIX) else ".bin"
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadFile(f"{where} has no weight_map")
+    placed: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_inside(shard) or not shard.endswith(ending):
             raise BadFile(f"{where} places tensor {name!r} in {shard!r}, which is no {ending} file of this folder")
-    placed: dict[str, list[str]] = {}
-    for name, shard in weight_map.items():
         placed.setdefault(shard, []).append(name)
+    return placed
+
+
+def _open_shards(
+    folder: Folder, index_name: str, index: Mapping[str, Any]
+) -> tuple[tuple[Header, ...], tuple[str, ...]]:
+    where = os.path.join(folder.path, index_name)
+    placed = _placed(folder, index_name, index)
+    weight_map = index["weight_map"]
     files = sorted(placed)
-    missing = [name for name in files if not os.path.exists(os.path.join(folder, name))]
+    missing = [name for name in files if not folder.has(name)]
     if missing:
         raise MissingFile(
             f"{where} names {len(missing)} of {len(files)} shards that are not there: {listed(missing)}; "
             "the download is incomplete"
         )
-    read = [read_weights(os.path.join(folder, name)) for name in files]
+    read = folder.all_weights(files)
     shards = tuple(header for header, _ in read)
     for file, header in zip(files, shards, strict=True):
         present = {entry.name for entry in header.entries}
@@ -276,7 +302,7 @@ def _is_weights(name: str) -> bool:
     return name.endswith(WEIGHT_ENDINGS)
 
 
-def _side_files(folder: str, shards: Collection[str]) -> dict[str, str]:
+def _side_files(folder: Folder, shards: Collection[str]) -> dict[str, str]:
     """Everything that belongs to the model beside its weights.
 
     Links are followed, but not those to a folder that the model is in. Raises BadFile where there is far more than
@@ -288,20 +314,20 @@ def _side_files(folder: str, shards: Collection[str]) -> dict[str, str]:
 
     def visit(relative: str, above: frozenset[str]) -> None:
         nonlocal visited
-        here = os.path.join(folder, relative) if relative else folder
-        for name in names_in(here):
+        for name in folder.names(relative):
             visited += 1
             if visited > MAX_SIDE_FILES:
-                raise BadFile(f"{folder} holds more than {MAX_SIDE_FILES:,} files; is it only a model's folder?")
-            path, inside = os.path.join(here, name), f"{relative}/{name}" if relative else name
-            if os.path.isdir(path):
+                raise BadFile(f"{folder.name} holds more than {MAX_SIDE_FILES:,} files; is it only a model's folder?")
+            inside = f"{relative}/{name}" if relative else name
+            path = os.path.join(folder.path, inside)
+            if folder.is_folder(inside):
                 real = os.path.realpath(path)
                 if real not in above and not _skipped_folder(name):
                     visit(inside, above | {real})
-            elif os.path.isfile(path) and inside not in shards and not _skipped_file(name, whole=relative in modules):
+            elif folder.is_file(inside) and inside not in shards and not _skipped_file(name, whole=relative in modules):
                 found[inside] = path
 
-    visit("", frozenset(_folder_and_those_above(os.path.realpath(folder))))
+    visit("", frozenset(_folder_and_those_above(os.path.realpath(folder.path))))
     return found
 
 
@@ -312,10 +338,9 @@ def _folder_and_those_above(path: str) -> Iterator[str]:
         yield path
 
 
-def _sentence_modules(folder: str) -> set[str]:
+def _sentence_modules(folder: Folder) -> set[str]:
     """Sub-folders that a sentence-transformers ``modules.json`` makes part of the model, weights and all."""
-    file = os.path.join(folder, "modules.json")
-    modules = load_json(file) if os.path.isfile(file) else []
+    modules = load_json(folder.here("modules.json")) if folder.is_file("modules.json") else []
     paths = [one.get("path") for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
     inside = {path.strip("/") for path in paths if isinstance(path, str)}
     return {path for path in inside if _is_inside(path)}

@@ -11,6 +11,9 @@
     ├── OutputExists     (FileExistsError)    the output is there already, or is an input
     ├── OutputBusy       (BlockingIOError)    another run is writing the same output
     ├── InputChanged     (RuntimeError)       a base or an adapter that changed while it was being merged
+    ├── HubRefused       (PermissionError)    the Hub wants a login, an accepted licence or other rights
+    ├── HubFailed        (ConnectionError)    the Hub cannot be reached, or failed under way
+    ├── BranchMoved      (RuntimeError)       others pushed to a repository meanwhile
     ├── NoSpace          (OSError)            the disk cannot hold the result
     └── IOFailed         (OSError)            a read or write failed under way
 
@@ -23,7 +26,12 @@ from collections.abc import Sequence
 
 
 class LorasmithError(Exception):
-    """Root of everything lorasmith raises on purpose."""
+    """Root of everything lorasmith raises on purpose.
+
+    ``may_pass`` says that what went wrong lies outside: what is finished is kept, and the same run goes on from there.
+    """
+
+    may_pass = False
 
     def __str__(self) -> str:
         """The message alone, on one line: without the errno that some of the children carry as well."""
@@ -70,12 +78,34 @@ class InputChanged(LorasmithError, RuntimeError):
     """A base or an adapter changed while it was being merged."""
 
 
+class HubRefused(LorasmithError, PermissionError):
+    """The Hub wants a login, an accepted licence, or rights that the token has not."""
+
+    may_pass = True
+
+
+class HubFailed(LorasmithError, ConnectionError):
+    """The Hub cannot be reached, or a transfer failed."""
+
+    may_pass = True
+
+
+class BranchMoved(LorasmithError, RuntimeError):
+    """The branch that was pushed to has other commits than when the run began."""
+
+    may_pass = True
+
+
 class NoSpace(LorasmithError, OSError):
     """The disk cannot hold the result."""
+
+    may_pass = True
 
 
 class IOFailed(LorasmithError, OSError):
     """Reading or writing failed while the plan was being carried out."""
+
+    may_pass = True
 
 
 LONGEST = 4000

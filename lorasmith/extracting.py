@@ -18,7 +18,7 @@ from lorasmith import __version__
 from lorasmith.adapter import Adapter
 from lorasmith.adapterfile import AdapterFile, Spot, dumped, is_file, open_spot
 from lorasmith.arguments import Path
-from lorasmith.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
+from lorasmith.checkpoint import TOKENIZER_FILES, Checkpoint
 from lorasmith.difference import Paired, is_changed, norm_of, pair_up, walk
 from lorasmith.dtypes import BY_OPTION, NAMES, itemsize, torch_dtype
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported
@@ -33,6 +33,7 @@ from lorasmith.lowrank import Criterion
 from lorasmith.records import ExtractedModule, ExtractReport, Progress, SideFile, StoredTensor
 from lorasmith.sidefiles import copied
 from lorasmith.sketching import approximate
+from lorasmith.sources import Sources
 from lorasmith.tuning import Low, Tuning, Whole, sort_out
 
 if TYPE_CHECKING:
@@ -65,17 +66,21 @@ def extract(
     has not is left out. ``dtype`` is that of the factors, ``device`` (``cpu``, ``cuda``, ``cuda:N``, ``auto``) what
     computes the products.
 
-    ``out`` becomes a PEFT folder, or one file if it ends in .safetensors; without it, the report's ``adapter`` is the
-    result, in a file that goes when nobody has it any more. ``dry_run`` computes everything and keeps nothing. Raises a
-    ``LorasmithError``; nothing appears at ``out`` before all of it is written.
+    Both may be names on the Hub. ``out`` becomes a PEFT folder, or one file if it ends in .safetensors; without it, the
+    report's ``adapter`` is the result, in a file that goes when nobody has it any more. ``dry_run`` computes everything
+    and keeps nothing. Raises a ``LorasmithError``; nothing appears at ``out`` before all of it is written.
     """
     criterion = Criterion(rank=rank, energy=energy, max_error=max_error)
     _require_sense(criterion, embeddings, dtype)
     run = _Run(criterion, BY_OPTION[dtype], resolve(device), threads or default_threads(), progress, time.monotonic())
-    models = open_checkpoint(os.fspath(base)), open_checkpoint(os.fspath(tuned))
+    sources = Sources(), Sources()
+    models = sources[0].open_base(os.fspath(base)), sources[1].open_base(os.fspath(tuned))
     place = None if out is None else os.fspath(out)
     if place is not None:
-        check_output(place, [one.path for one in models], single_file=is_file(place), overwrite=overwrite)
+        inputs = [one.folder or one.files[0] for one in models]
+        check_output(place, inputs, single_file=is_file(place), overwrite=overwrite)
+    for source, model in zip(sources, models, strict=True):
+        source.fetch([*model.files, *model.side_files.values()], progress)
     job = _job(*models, run, embeddings)
     if dry_run:
         return _report(job, run, [made.facts for made in _made(job, run)])

@@ -1,4 +1,4 @@
-"""The main job, from paths to a published model: open, plan, execute, publish, report."""
+"""The main job, from paths to a published model: open, plan, execute, push, publish, report."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lorasmith.arguments import AdapterArguments, Path, weigh_modules, weighted
-from lorasmith.checkpoint import open_checkpoint, require_path
 from lorasmith.combining import choose
+from lorasmith.delivery import Delivery
 from lorasmith.errors import BadOption, NoSpace
 from lorasmith.execution import default_threads, execute
 from lorasmith.execution.blocks import Budget, fit
@@ -18,9 +19,10 @@ from lorasmith.execution.device import resolve
 from lorasmith.execution.peak import peak_memory
 from lorasmith.execution.workplace import claim
 from lorasmith.planning import Options, build_plan
-from lorasmith.records import MergeReport, Output, Plan, Progress, Resources, Survival
+from lorasmith.records import MergeReport, Output, Plan, Progress, Pushed, Resources, Survival
 from lorasmith.rounding import SURVIVAL_LIMIT, Sample, survival
 from lorasmith.safefile import require_unchanged
+from lorasmith.sources import Sources
 
 DEFAULT_MEMORY = 128 << 20
 """Bytes for buffers, beside the interpreter and torch themselves."""
@@ -29,7 +31,7 @@ DEFAULT_MEMORY = 128 << 20
 def merge(
     base: Path,
     adapters: AdapterArguments,
-    out: Path,
+    out: Path | None = None,
     *,
     dtype: str = "keep",
     device: str = "cpu",
@@ -50,15 +52,25 @@ def merge(
     rename: Sequence[str] = (),
     expert_layout: str | None = None,
     overwrite: bool = False,
+    push: str | None = None,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    card: Path | None = None,
+    stream: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
     planned: Callable[[Plan, Resources], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeReport:
     """Merge adapters into a base model and write the result to ``out``: ``W0 + Σ weightᵢ·ΔWᵢ``, rounded once.
 
     ``base`` is a model folder or a ``.safetensors`` file, and ``out`` becomes the same kind of thing. ``adapters``
-    are PEFT folders or files: ``path``, ``"path:0.7"`` or ``(path, 0.7)``. ``dtype`` is ``keep`` or the dtype of
-    every floating-point tensor of the result: ``float32``, ``bfloat16``, ``float16``. ``device`` is what computes:
-    ``cpu``, ``cuda`` (the first GPU), ``cuda:N``, or ``auto`` for a GPU if there is one. ``memory`` and
+    are PEFT folders or files: ``path``, ``"path:0.7"`` or ``(path, 0.7)``. All of them may be names on the Hub,
+    ``org/name``, ``org/name@revision`` or an address; a path that exists is that path. ``dtype`` is ``keep`` or the
+    dtype of every floating-point tensor of the result: ``float32``, ``bfloat16``, ``float16``. ``device`` is what
+    computes: ``cpu``, ``cuda`` (the first GPU), ``cuda:N``, or ``auto`` for a GPU if there is one. ``memory`` and
     ``max_shard_size`` are in bytes; ``memory`` bounds the buffers, whatever the size of the model. ``tokenizer``
     says whose is kept, ``base`` or ``adapter`` (by default the adapter's if it has one). ``architecture`` names the
     result's class where an adapter brings layers that the base's has not; ``base_is_residual`` says that the base is
@@ -71,50 +83,63 @@ def merge(
     before anything is written: raise in it to stop there. ``progress`` is called about ten times a second. Both are
     called from the calling thread.
 
+    ``push`` names a repository that the result goes to as well, or alone if there is no ``out``; ``revision``,
+    ``private``, ``create_pr``, ``commit_message`` and ``card`` are as with ``lorasmith.push``. With ``stream`` the
+    shards of a base on the Hub are downloaded one after another, and removed once they are merged. ``token`` and
+    ``endpoint`` are the client's own by default.
+
     Nothing appears at ``out`` before all of it is written; a run that was killed goes on when it is called again
     with the same arguments. Raises a ``LorasmithError`` (see ``lorasmith.errors``), most of them before anything
     is written. May be called from several threads at once, for different outputs.
     """
     started = time.monotonic()
-    plan_ = plan(
-        base,
-        adapters,
-        out,
+    sources = Sources(endpoint, token)
+    delivery = Delivery(
+        sources,
+        None if out is None else os.fspath(out),
+        push,
+        stream=stream,
+        card=card,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+    options = Options(
         dtype=dtype,
-        device=device,
+        device=resolve(device),
         max_shard_size=max_shard_size,
         tokenizer=tokenizer,
         allow_unmatched=allow_unmatched,
         allow_overflow=allow_overflow,
         architecture=architecture,
         base_is_residual=base_is_residual,
-        weights=weights,
-        method=method,
-        density=density,
-        seed=seed,
-        sign=sign,
-        space=space,
-        rename=rename,
+        method=choose(method, density=density, seed=seed, sign=sign, space=space),
+        weights=tuple(weights),
+        renames=(rename,) if isinstance(rename, str) else tuple(rename),
         expert_layout=expert_layout,
-        overwrite=overwrite,
     )
+    plan_ = _plan(sources, base, adapters, out, options, overwrite=overwrite)
     budget = _budget(plan_, memory, threads)
-    takes = _resources(plan_, budget, os.fspath(out))
+    takes = _resources(plan_, budget, delivery)
     if planned is not None:
         planned(plan_, takes)
-    with claim(os.fspath(out), overwrite=overwrite) as place:
+    with delivery.prepared(plan_, progress), claim(delivery.place, overwrite=overwrite) as place:
 
         def finished(output: Output, samples: list[Sample]) -> None:
             # before it is noted: a later run takes up what is
             require_unchanged((*plan_.base_files, *plan_.adapter_files))
             place.finish(output, samples)
+            delivery.finished(output)
 
-        place.begin(plan_)
-        resumed = execute(plan_, place, budget, finished, progress)
+        work = delivery.begin(place)
+        resumed = execute(work, place, budget, finished, progress, delivery.fetch)
         if not place.published:
             place.write_side_files(plan_.side_files)
-        place.publish()
-    return _report(plan_, os.fspath(out), takes.threads, resumed, survival(place.samples), time.monotonic() - started)
+        pushed = delivery.commit(survival(place.samples))
+        delivery.settle(place)
+    seconds = time.monotonic() - started
+    return _report(plan_, delivery.name, takes.threads, resumed, survival(place.samples), seconds, pushed)
 
 
 def plan(
@@ -139,56 +164,82 @@ def plan(
     rename: Sequence[str] = (),
     expert_layout: str | None = None,
     overwrite: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
 ) -> Plan:
     """Everything ``merge`` would do with these arguments, having checked all that can be known before writing.
 
-    Reads headers, configs and the adapters, no tensor of the base. Given ``out``, also checks that the result may
-    be written there. Raises what ``merge`` would.
+    Reads headers, configs and the adapters, no tensor of the base; one on the Hub is not downloaded. Given ``out``,
+    also checks that the result may be written there. Raises what ``merge`` would.
     """
-    device = resolve(device)
-    rule = choose(method, density=density, seed=seed, sign=sign, space=space)
-    given = weighted(adapters)
-    checkpoint = open_checkpoint(os.fspath(base))
-    for one in given:
-        require_path(one.path)
-    if out is not None:
-        inputs = [checkpoint.path, *(one.path for one in given)]
-        check_output(os.fspath(out), inputs, single_file=checkpoint.folder is None, overwrite=overwrite)
     options = Options(
         dtype=dtype,
-        device=device,
+        device=resolve(device),
         max_shard_size=max_shard_size,
         tokenizer=tokenizer,
         allow_unmatched=allow_unmatched,
         allow_overflow=allow_overflow,
         architecture=architecture,
         base_is_residual=base_is_residual,
-        method=rule,
+        method=choose(method, density=density, seed=seed, sign=sign, space=space),
         weights=tuple(weights),
         renames=(rename,) if isinstance(rename, str) else tuple(rename),
         expert_layout=expert_layout,
     )
-    read = weigh_modules([one.read() for one in given], given, weights)
+    return _plan(Sources(endpoint, token), base, adapters, out, options, overwrite=overwrite)
+
+
+def _plan(
+    sources: Sources,
+    base: Path,
+    adapters: AdapterArguments,
+    out: Path | None,
+    options: Options,
+    *,
+    overwrite: bool,
+) -> Plan:
+    given = weighted(adapters)
+    checkpoint = sources.open_base(os.fspath(base))
+    for one in given:
+        sources.require(one.path)
+    if out is not None:
+        here = [one.path for one in given if sources.reference(one.path) is None]
+        inputs = [checkpoint.folder or checkpoint.files[0], *here]
+        check_output(os.fspath(out), inputs, single_file=checkpoint.folder is None, overwrite=overwrite)
+    read = weigh_modules([sources.read_adapter(one.given) for one in given], given, options.weights)
     return build_plan(checkpoint, [(adapter, one.weight) for adapter, one in zip(read, given, strict=True)], options)
 
 
-def resources(plan: Plan, out: Path, *, memory: int = DEFAULT_MEMORY, threads: int | None = None) -> Resources:
-    """Threads, memory and disk a plan takes.
+def resources(
+    plan: Plan,
+    out: Path | None,
+    *,
+    memory: int = DEFAULT_MEMORY,
+    threads: int | None = None,
+    push: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    **options: Any,
+) -> Resources:
+    """Threads, memory and disk a plan takes; also checks that ``push`` may be pushed to, and makes nothing.
 
-    Raises BudgetTooSmall when ``memory`` (bytes) is not enough, NoSpace when the disk is not.
+    ``options`` are those of ``merge`` that say where things come from and go to. Raises BudgetTooSmall when ``memory``
+    (bytes) is not enough, NoSpace when the disk is not, HubRefused.
     """
-    return _resources(plan, _budget(plan, memory, threads), os.fspath(out))
+    delivery = Delivery(Sources(endpoint, token), None if out is None else os.fspath(out), push, **options)
+    delivery.check(plan)
+    return _resources(plan, _budget(plan, memory, threads), delivery)
 
 
-def _resources(plan: Plan, budget: Budget, out: str) -> Resources:
-    free = free_space(out)
-    if plan.bytes_written > free:
+def _resources(plan: Plan, budget: Budget, delivery: Delivery) -> Resources:
+    free, takes = free_space(delivery.place), delivery.room(plan)
+    if takes > free:
         raise NoSpace(
             errno.ENOSPC,
-            f"the result takes {plan.bytes_written:,} bytes and the disk of {out} has {free:,} free; "
+            f"the result takes {takes:,} bytes and the disk of {delivery.place} has {free:,} free; "
             "make room or choose another output",
         )
-    return Resources(budget.threads, budget.nbytes, plan.bytes_written, free)
+    return Resources(budget.threads, budget.nbytes, takes, free, delivery.download(plan))
 
 
 def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
@@ -199,7 +250,15 @@ def _budget(plan: Plan, memory: int, threads: int | None) -> Budget:
     return fit(plan, memory, threads or default_threads(plan.device))
 
 
-def _report(plan: Plan, out: str, threads: int, resumed: int, survival: Survival | None, seconds: float) -> MergeReport:
+def _report(
+    plan: Plan,
+    out: str,
+    threads: int,
+    resumed: int,
+    survival: Survival | None,
+    seconds: float,
+    pushed: Pushed | None,
+) -> MergeReport:
     return MergeReport(
         out=out,
         base=plan.base,
@@ -222,6 +281,8 @@ def _report(plan: Plan, out: str, threads: int, resumed: int, survival: Survival
         plan_hash=plan.hash,
         notes=plan.notes,
         warnings=(*plan.warnings, *_survival_warnings(survival)),
+        base_origin=plan.base_origin,
+        pushed=pushed,
     )
 
 

@@ -7,17 +7,18 @@ import importlib.metadata
 import math
 import os
 import shutil
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lorasmith import __version__
+from lorasmith import __version__, pushing
 from lorasmith.adapter import Adapter
 from lorasmith.adapterfile import dumped, is_file, open_spot
 from lorasmith.arguments import AdapterArguments, Given, Path, Weighted, weigh_modules, weighted
-from lorasmith.checkpoint import Checkpoint, open_checkpoint, require_path
+from lorasmith.checkpoint import Checkpoint
 from lorasmith.combining import LINEAR, choose
 from lorasmith.combining.combined import read_factor
 from lorasmith.deltas.dora import Dora
@@ -28,13 +29,16 @@ from lorasmith.execution import default_threads
 from lorasmith.execution.destination import check_output
 from lorasmith.execution.torchthreads import in_order
 from lorasmith.formats import read_adapter
+from lorasmith.hub.writing import check_writable
 from lorasmith.lowrank import Criterion, allocate
 from lorasmith.mixfile import Job, write
 from lorasmith.mixreport import report_mix
 from lorasmith.mixture import Mixture, gather
 from lorasmith.planning import refuse_residual
+from lorasmith.recipe import origin_facts
 from lorasmith.recompression import Request, folded, folds_left, singular_values
 from lorasmith.records import Interference, MixReport, Progress
+from lorasmith.sources import Sources
 
 
 def mix(
@@ -58,6 +62,14 @@ def mix(
     threads: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    push: str | None = None,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    card: Path | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> MixReport:
     """Make one adapter of several: ``ΔW = Σ weightᵢ·ΔWᵢ``, module by module.
@@ -72,8 +84,10 @@ def mix(
     are stored in where nothing is lost by that.
 
     ``out`` becomes a PEFT folder, or one file if it ends in .safetensors; without it, the report's ``adapter`` is the
-    result, in a file that goes when nobody has it any more. ``dry_run`` computes everything and keeps nothing. Raises a
-    ``LorasmithError``; nothing appears at ``out`` before all of it is written.
+    result, in a file that goes when nobody has it any more. ``dry_run`` computes everything and keeps nothing. All
+    inputs may be names on the Hub. ``push`` names a repository that the result, a folder, goes to as well, or alone if
+    there is no ``out``; what goes with it is as with ``lorasmith.push``. Raises a ``LorasmithError``; nothing appears
+    at ``out`` before all of it is written.
     """
     request = Request(
         choose(method, density=density, seed=seed, sign=sign, space=space),
@@ -81,9 +95,25 @@ def mix(
         balance,
     )
     _require_sense(request)
-    run = _Run(out, dtype, threads, overwrite, dry_run, progress)
-    given = weighted(adapters)
-    return _mix(given, request, run, patterns=tuple(weights), prefer=prefer, base=base)
+    sources = Sources(endpoint, token)
+
+    def make(place: Path | None) -> MixReport:
+        run = _Run(place, dtype, threads, overwrite, dry_run, progress)
+        return _mix(weighted(adapters), request, run, sources, patterns=tuple(weights), prefer=prefer, base=base)
+
+    if push is None:
+        return make(out)
+    to = pushing.target(push, revision=revision, private=private, create_pr=create_pr, commit_message=commit_message)
+    if out is not None and is_file(os.fspath(out)):
+        raise BadOption(f"a repository holds an adapter in a folder; give one as output, not the file {os.fspath(out)}")
+    check_writable(sources.hub, to)
+    if dry_run:
+        return make(out)
+    with tempfile.TemporaryDirectory(prefix="lorasmith-") as folder:
+        place = os.path.join(folder, "mixed") if out is None else os.fspath(out)
+        report = make(place)
+        pushed = pushing.send(sources.hub, to, place, card=card, message=f"Mix {len(report.adapters)} adapters")
+    return replace(report, out=f"hf://{to.repo}" if out is None else report.out, pushed=pushed)
 
 
 def resize(
@@ -112,7 +142,7 @@ def resize(
     if not criterion:
         raise BadOption("how much of the adapter is kept? Give --rank, --energy, --max-error, --params or --sv-...")
     run = _Run(out, dtype, threads, overwrite, dry_run, progress)
-    return _mix(weighted((adapter, 1.0)), Request(criterion=criterion), run)
+    return _mix(weighted((adapter, 1.0)), Request(criterion=criterion), run, Sources())
 
 
 def interference(adapters: AdapterArguments) -> tuple[Interference, ...]:
@@ -120,7 +150,8 @@ def interference(adapters: AdapterArguments) -> tuple[Interference, ...]:
 
     Only products count, of DoRA its direction; no base is needed.
     """
-    pairs = [(one.read(), one.weight) for one in weighted(adapters)]
+    sources = Sources(None, None)
+    pairs = [(sources.read_adapter(one.given), one.weight) for one in weighted(adapters)]
     low = [
         (replace(adapter, deltas=tuple(one for one in adapter.deltas if one.delta.low_rank())), weight)
         for adapter, weight in _directions(pairs)
@@ -183,6 +214,7 @@ def _mix(
     given: Sequence[Weighted],
     request: Request,
     run: _Run,
+    sources: Sources,
     *,
     patterns: tuple[str, ...] = (),
     prefer: str | None = None,
@@ -195,13 +227,16 @@ def _mix(
         raise BadOption(f"threads must be at least 1, not {run.threads}")
     preferred = _preferred(given, prefer)
     for one in given:
-        require_path(one.path)
-    checkpoint = None if base is None else open_checkpoint(os.fspath(base))
+        sources.require(one.path)
+    checkpoint = None if base is None else sources.open_base(os.fspath(base))
     out = None if run.out is None else os.fspath(run.out)
     if out is not None:
-        inputs = [*(one.path for one in given), *([checkpoint.path] if checkpoint else [])]
+        inputs = [one.path for one in given if sources.reference(one.path) is None]
+        inputs += [checkpoint.folder or checkpoint.files[0]] if checkpoint else []
         check_output(out, inputs, single_file=is_file(out), overwrite=run.overwrite)
-    adapters = weigh_modules([one.read() for one in given], given, patterns)
+    adapters = weigh_modules([sources.read_adapter(one.given) for one in given], given, patterns)
+    if checkpoint is not None:
+        sources.fetch(checkpoint.files, run.progress)
     pairs = [(adapter, one.weight) for adapter, one in zip(adapters, given, strict=True)]
     verbatim = _is_alone(pairs, request, run)
     if not verbatim:
@@ -300,7 +335,12 @@ def _record(
         "weights": list(patterns),
         "dtype": dtype,
         "adapters": [
-            {"weight": weight, "sha256": adapter.sha256, "config": _digest(adapter.config)}
+            {
+                "weight": weight,
+                "sha256": adapter.sha256,
+                "config": _digest(adapter.config),
+                **origin_facts("", adapter.origin),
+            }
             for adapter, weight in mixture.adapters
         ],
         "whole": {whole.name: whole.adapter for whole in mixture.wholes},

@@ -141,6 +141,7 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         ),
         warnings=tuple(_warnings(checkpoint, adapters, uses)),
         hash=digest,
+        base_origin=checkpoint.origin,
     )
 
 
@@ -377,6 +378,7 @@ def _use(adapter: Adapter, weight: float, binding: Binding) -> AdapterUse:
         tensors=adapter.tensor_count,
         tensors_used=binding.tensors_used,
         unmatched=binding.unmatched,
+        origin=adapter.origin,
     )
 
 
@@ -430,6 +432,8 @@ def _base_names(checkpoint: Checkpoint) -> set[str]:
     cached = re.search(r"models--[^/]*--([^/]+)/snapshots/", path.replace(os.sep, "/") + "/")
     if cached:
         names = {_short(cached[1])}
+    if checkpoint.origin is not None:
+        names = {_short(checkpoint.origin.repo)}
     own = checkpoint.config.get("_name_or_path")
     return names | ({_short(own)} if isinstance(own, str) and own else set())
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lorasmith import __version__
 from lorasmith.checkpoint import Checkpoint
-from lorasmith.records import AdapterUse, Convert, Copy, Output, SideFile
+from lorasmith.records import AdapterUse, Convert, Copy, Origin, Output, SideFile
 from lorasmith.safefile import TensorEntry
 
 
@@ -30,6 +30,7 @@ def recipe(checkpoint: Checkpoint, uses: Sequence[AdapterUse], **options: Any) -
             {"file": os.path.basename(shard.file), "size": shard.size, "header_sha256": shard.sha256}
             for shard in checkpoint.shards
         ],
+        **origin_facts("base_", checkpoint.origin),
         "adapters": [
             {
                 "weight": use.weight,
@@ -38,10 +39,19 @@ def recipe(checkpoint: Checkpoint, uses: Sequence[AdapterUse], **options: Any) -
                 "rank": list(use.rank),
                 "scale": list(use.scale),
                 "names_base": use.names_base,
+                **origin_facts("", use.origin),
             }
             for use in uses
         ],
     }
+
+
+def origin_facts(prefix: str, origin: Origin | None) -> dict[str, str]:
+    """The repository on the Hub that an input is from, and the commit; nothing for one that is from a disk."""
+    if origin is None:
+        return {}
+    facts = {"repo": origin.repo, "commit": origin.commit, **({"inside": origin.inside} if origin.inside else {})}
+    return {prefix + key: value for key, value in facts.items()}
 
 
 def plan_hash(record: dict[str, Any], outputs: Sequence[Output], side_files: Sequence[SideFile]) -> str:

@@ -18,6 +18,28 @@ REPORT_SCHEMA = 1
 """Version of the layout of ``MergeReport.to_dict()``; it grows when a key changes its meaning or goes."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A repository on the Hub at one commit, and the folder or file in it that is meant, if not all of it."""
+
+    repo: str
+    commit: str
+    inside: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit}{'/' if self.inside else ''}{self.inside}"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push made: the commit, its address, and the pull request's if it is one."""
+
+    repo: str
+    commit: str
+    url: str
+    pull_request: str | None
+
+
 # ------------------------------------------------------------------------------------------------------- steps
 
 
@@ -92,7 +114,8 @@ class Output:
 class SideFile:
     """One file of the result that holds no merged weights: copied from ``source``, or written from ``text``.
 
-    ``size`` in bytes and ``sha256`` are of its contents.
+    ``size`` in bytes and ``sha256`` are of its contents; for a file on the Hub it is the SHA-1 that Git knows it
+    by.
     """
 
     name: str
@@ -137,6 +160,7 @@ class AdapterUse:
     tensors: int
     tensors_used: int
     unmatched: tuple[str, ...]
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +168,8 @@ class Plan:
     """Everything a merge will do. Sizes are in bytes; ``hash`` names the result: equal hash, equal bytes.
 
     ``bytes_read`` counts base and adapters, ``bytes_written`` the weights and side files of the result.
-    ``base_files`` and ``adapter_files`` are (path, size, mtime in nanoseconds) as they were when the plan was made.
+    ``base_files`` and ``adapter_files`` are (path, size, mtime in nanoseconds) as they were when the plan was made;
+    the mtime is 0 for files of a commit on the Hub, which need not be here yet.
     """
 
     base: str
@@ -168,6 +193,7 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     hash: str
+    base_origin: Origin | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types, without its single steps."""
@@ -180,12 +206,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run of a plan takes: threads, bytes of buffers, bytes of disk, and the bytes there are."""
+    """What a run of a plan takes: threads, bytes of buffers, bytes of disk, the bytes there are, bytes to download."""
 
     threads: int
     memory: int
     disk: int
     disk_free: int
+    download: int = 0
 
 
 # ------------------------------------------------------------------------------------------ progress and report
@@ -261,6 +288,8 @@ class MergeReport:
     plan_hash: str
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    base_origin: Origin | None = None
+    pushed: Pushed | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types; ``schema`` is the version of this layout."""
@@ -383,6 +412,7 @@ class MixReport:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     adapter: Adapter | None = None
+    pushed: Pushed | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types; ``schema`` is the version of this layout."""

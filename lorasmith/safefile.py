@@ -22,7 +22,7 @@ import mmap
 import os
 import reprlib
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,15 +79,22 @@ def read_header(file: str) -> Header:
     """
     with open_regular(file) as stream:
         facts = os.fstat(stream.fileno())
-        size = facts.st_size
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise BadFile(
-                f"{file} is {size} bytes long, too short for a safetensors file; "
-                "probably an interrupted download: fetch it again"
-            )
-        (length,) = struct.unpack("<Q", prefix)
-        raw = stream.read(min(length, MAX_HEADER))
+        return parse_header(file, stream.read, facts.st_size, facts.st_mtime_ns)
+
+
+def parse_header(file: str, read: Callable[[int], bytes], size: int, mtime_ns: int) -> Header:
+    """Check the header of a file of ``size`` bytes, whose next n bytes ``read(n)`` returns, from its first on.
+
+    ``mtime_ns`` is 0 for a file that no change can befall. Raises BadFile.
+    """
+    prefix = read(8)
+    if len(prefix) < 8:
+        raise BadFile(
+            f"{file} is {size} bytes long, too short for a safetensors file; "
+            "probably an interrupted download: fetch it again"
+        )
+    (length,) = struct.unpack("<Q", prefix)
+    raw = read(min(length, MAX_HEADER))
     if not raw.startswith(b"{"):
         refuse_foreign(file, prefix + raw)
     if length > MAX_HEADER:
@@ -104,7 +111,7 @@ def read_header(file: str) -> Header:
     metadata = _metadata(file, pairs.pop("__metadata__", None))
     entries = _entries(file, pairs, 8 + length, size)
     sha256 = hashlib.sha256(prefix + raw).hexdigest()
-    return Header(file, entries, metadata, 8 + length, size, facts.st_mtime_ns, sha256)
+    return Header(file, entries, metadata, 8 + length, size, mtime_ns, sha256)
 
 
 def _parse(file: str, raw: bytes) -> dict[str, Any]:
@@ -205,8 +212,13 @@ def equal_bytes(one: TensorEntry, other: TensorEntry, *, flipped: bool = False) 
 
 
 def require_unchanged(stamps: Iterable[tuple[str, int, int]]) -> None:
-    """Raise InputChanged when a file (path, size, mtime in nanoseconds) is not what it was when it was opened first."""
+    """Raise InputChanged when a file (path, size, mtime in nanoseconds) is not what it was when it was opened first.
+
+    One with the mtime 0 cannot change, and may have gone meanwhile.
+    """
     for file, size, mtime in stamps:
+        if mtime == 0:
+            continue
         try:
             facts = os.stat(file)
         except OSError:

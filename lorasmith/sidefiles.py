@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from lorasmith.adapter import Adapter
@@ -32,7 +33,7 @@ def side_files(
 
     ``config`` holds the keys of the config that change, ``dtype`` is a format code or None.
     """
-    files = {name: copied(name, path) for name, path in checkpoint.side_files.items()}
+    files = {name: copied(name, path, checkpoint.known) for name, path in checkpoint.side_files.items()}
     theirs = _adapters_tokenizer(adapters, tokenizer)
     if theirs:
         files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES}
@@ -47,8 +48,10 @@ def side_files(
     return tuple(files[name] for name in sorted(files))
 
 
-def copied(name: str, path: str) -> SideFile:
-    """A side file taken over as it is."""
+def copied(name: str, path: str, known: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> SideFile:
+    """A side file taken over as it is; ``known`` may have its size and digest, by its path."""
+    if path in known:
+        return SideFile(name, *known[path], source=path)
     sha, size = hashlib.sha256(), 0
     with open_regular(path) as stream:
         while block := stream.read(_BLOCK):

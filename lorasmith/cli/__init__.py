@@ -20,6 +20,8 @@ from lorasmith.cli.extract import extract
 from lorasmith.cli.merge import merge
 from lorasmith.cli.mix import mix
 from lorasmith.cli.output import error
+from lorasmith.cli.pull import pull
+from lorasmith.cli.push import push
 from lorasmith.cli.resize import resize
 from lorasmith.errors import BadOption, LorasmithError
 
@@ -34,6 +36,8 @@ def commands() -> None:
 
 
 commands.add_command(merge)
+commands.add_command(push)
+commands.add_command(pull)
 commands.add_command(mix)
 commands.add_command(resize)
 commands.add_command(extract)

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from lorasmith.cli.merge import Place
 from lorasmith.cli.output import Output, output_options
+from lorasmith.cli.parameters import Place
 
 
 @click.command(short_help="Make an adapter from a base and a tuned model.")

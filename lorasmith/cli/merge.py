@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
-from decimal import Decimal
 from typing import Any
 
 import click
 
 from lorasmith.cli.output import Output, output_options
+from lorasmith.cli.parameters import Place, Size
+from lorasmith.cli.push import push_options
 from lorasmith.combining import METHODS, SIGNS, SPACES
 
 LAYOUTS = ["peft", "peft-0.19.0", "peft-0.18", "unsloth"]
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """A number of bytes: ``5GB``, ``128MiB``, ``1000000``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
-        if match is None or match[2] not in UNITS:
-            self.fail(f"{value!r} is not a size; write it like 5GB or 128MiB", param, ctx)
-        return int(Decimal(match[1]) * UNITS[match[2]])
-
-
-class Place(click.ParamType):  # type: ignore[type-arg]
-    """A path; ``~`` is the home folder also where the shell leaves it, as in ``--out=~/merged``."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not value:
-            self.fail("the path is empty; is a variable of the script not set?", param, ctx)
-        first, _, _ = str(value).partition(os.sep)
-        return str(value) if os.path.lexists(first) else os.path.expanduser(value)
+PUSHING = ("push", "revision", "private", "create_pr", "commit_message", "card", "stream", "token")
+"""Options that say where things come from and go to, and nothing of what they are."""
 
 
 def rule_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,7 +37,8 @@ def rule_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command(short_help="Merge adapters into a model.")
 @click.argument("base", type=Place(), metavar="BASE")
 @click.argument("adapters", type=Place(), metavar="ADAPTER[:WEIGHT]...", nargs=-1, required=True)
-@click.option("-o", "--out", type=Place(), metavar="OUT", required=True, help="Where the merged model goes.")
+@click.option("-o", "--out", type=Place(), metavar="OUT", help="Where the merged model goes.")
+@click.option("--push", metavar="REPO", help="A repository on the Hub that it goes to as well, or alone without -o.")
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
@@ -82,34 +59,41 @@ def rule_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--rename", metavar="REGEX=REPLACEMENT", multiple=True, help="Change the adapter's names.  [repeatable]")
 @click.option("--expert-layout", type=click.Choice(LAYOUTS), help="How an adapter stores factors of stacked experts.")
 @click.option("--overwrite", is_flag=True, help="Replace the model at OUT, once the new one is complete.")
+@click.option("--stream", is_flag=True, help="Download the base shard by shard, and keep none of it.")
+@push_options
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @output_options
 def merge(
     base: str,
     adapters: tuple[str, ...],
-    out: str,
+    out: str | None,
     threads: int | None,
     memory: int,
     dry_run: bool,
     output: Output,
     **options: Any,
 ) -> None:
-    """Merge one or more LoRA adapters into the model BASE and write the result to OUT.
+    """Merge one or more LoRA adapters into the model BASE and write the result to OUT, to a repository, or to both.
 
     BASE is a model folder or a .safetensors file; OUT becomes the same kind of thing. ADAPTER is a PEFT folder or
-    file; WEIGHT is a number, by default 1:
+    file; WEIGHT is a number, by default 1. Both may be on the Hub: org/name, org/name@revision, or an address.
 
     \b
         lorasmith merge base/ adapter/ -o merged/
         lorasmith merge base/ style/:0.7 facts/:0.3 -o merged/
+        lorasmith merge org/base me/lora@v2:0.8 --push me/merged --private
 
     Nothing appears at OUT before all of it is on the disk. A run that was killed goes on when it is given again.
     """
     from lorasmith import merging
 
+    place = out if out is not None else f"hf://{options['push']}"
     if dry_run:
-        plan = merging.plan(base, list(adapters), out, **options)
-        output.plan(plan, merging.resources(plan, out, memory=memory, threads=threads), out)
+        where = {name: options.pop(name) for name in PUSHING}
+        token = where["token"]
+        plan = merging.plan(base, list(adapters), out, token=token, **options)
+        takes = merging.resources(plan, out, memory=memory, threads=threads, **where)
+        output.plan(plan, takes, place)
         return
     with output.progress() as progress:
         report = merging.merge(
@@ -118,7 +102,7 @@ def merge(
             out,
             threads=threads,
             memory=memory,
-            planned=lambda plan, takes: output.intent(plan, takes, out),
+            planned=lambda plan, takes: output.intent(plan, takes, place),
             progress=progress,
             **options,
         )

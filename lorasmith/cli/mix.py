@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-from lorasmith.cli.merge import Place, rule_options
+from lorasmith.cli.merge import rule_options
 from lorasmith.cli.output import Output, output_options
+from lorasmith.cli.parameters import Place
+from lorasmith.cli.push import push_options
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]
@@ -58,16 +60,18 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command(short_help="Make one adapter of several.")
 @click.argument("adapters", type=Place(), metavar="ADAPTER[:WEIGHT]...", nargs=-1, required=True)
 @click.option(
-    "-o", "--out", type=Place(), metavar="OUT", default="mixed.safetensors", show_default=True, help="Where it goes."
+    "-o", "--out", type=Place(), metavar="OUT", help="Where it goes.  [default: mixed.safetensors, if not pushed]"
 )
+@click.option("--push", metavar="REPO", help="A repository on the Hub that it goes to as well, or alone without -o.")
 @cut_options
 @click.option("--balance", is_flag=True, help="Keep as much of every adapter, not most of the loudest.")
 @rule_options
 @click.option("--prefer", type=Place(), metavar="ADAPTER", help="Whose layers trained whole are taken.")
 @click.option("--base", type=Place(), metavar="BASE", help="The model, for adapters whose effect depends on it (DoRA).")
 @written_options
+@push_options
 @output_options
-def mix(adapters: tuple[str, ...], out: str, output: Output, **options: Any) -> None:
+def mix(adapters: tuple[str, ...], out: str | None, push: str | None, output: Output, **options: Any) -> None:
     """Make one adapter of several, the weighted sum of what they do, and write it to OUT.
 
     ADAPTER is a PEFT folder or file; WEIGHT is a number, by default 1. OUT becomes a PEFT folder, or one file if it
@@ -83,6 +87,7 @@ def mix(adapters: tuple[str, ...], out: str, output: Output, **options: Any) -> 
     """
     from lorasmith import mixing
 
+    place = "mixed.safetensors" if out is None and push is None else out
     with output.progress() as progress:
-        report = mixing.mix(list(adapters), out, progress=progress, **options)
+        report = mixing.mix(list(adapters), place, push=push, progress=progress, **options)
     output.mixed(report)

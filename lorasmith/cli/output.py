@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         MixReport,
         Plan,
         Progress,
+        Pushed,
         Resources,
         Survival,
         TargetGroup,
@@ -76,6 +77,8 @@ class Output:
         """One line before a merge begins."""
         if not (self.quiet or self.as_json):
             what = f"Merging {_count(plan.tensors_merged + plan.tensors_replaced, 'tensor')}"
+            first = f"Downloading {size(takes.download)}, then " if takes.download else ""
+            what = first + (what.lower() if first else what)
             text = f"{what}, writing {size(plan.bytes_written)} to {out} ({_count(takes.threads, 'thread')})"
             click.echo(one_line(text), err=True)
 
@@ -86,6 +89,22 @@ class Output:
         else:
             self._text(_report_lines(report))
         self._warn(report.warnings)
+
+    def pushed(self, pushed: Pushed) -> None:
+        """What a push made."""
+        if self.as_json:
+            from lorasmith.records import plain
+
+            self._data(plain(pushed))
+        else:
+            self._text([f"Pushed to {pushed.url}", f"commit   {pushed.commit}"])
+
+    def pulled(self, path: str) -> None:
+        """Where a pull put what it has pulled."""
+        if self.as_json:
+            self._data({"path": path})
+        else:
+            self._text([path])
 
     def extracted(self, report: ExtractReport) -> None:
         """What an extraction found, and did."""
@@ -152,6 +171,9 @@ class _Bar:
         self._bar: Any = None
 
     def __call__(self, progress: Progress) -> None:
+        if self._bar is not None and self._bar.total != progress.total:  # a download, then the merge
+            self.close()
+            self._bar = None
         if self._bar is None:
             from tqdm import tqdm
 
@@ -172,6 +194,8 @@ class _Log:
         self._next = LOG_SECONDS
 
     def __call__(self, progress: Progress) -> None:
+        if progress.seconds < self._next - LOG_SECONDS:  # a download, then the merge
+            self._next = LOG_SECONDS
         if progress.seconds < self._next or progress.done == progress.total:
             return
         self._next = progress.seconds + LOG_SECONDS
@@ -201,6 +225,8 @@ def _plan_lines(plan: Plan, takes: Resources, out: str) -> Iterator[str]:
     yield ""
     yield f"tensors  {_tensors(plan)}"
     yield f"read     {size(plan.bytes_read)}"
+    if takes.download:
+        yield f"download {size(takes.download)}"
     yield f"write    {size(plan.bytes_written)} to {out} ({size(takes.disk_free)} free)"
     yield f"memory   {size(takes.memory)} of buffers for {takes.threads} threads, beside Python and torch"
     yield from (f"note     {note}" for note in plan.notes)
@@ -214,6 +240,8 @@ def _report_lines(report: MergeReport) -> Iterator[str]:
     yield from _survival_lines(report.survival)
     resumed = f" ({size(report.bytes_resumed)} of it by an earlier run)" if report.bytes_resumed else ""
     yield f"written  {size(report.bytes_written)}{resumed} in {report.seconds:.1f} s, {size(report.rate)}/s"
+    if report.pushed is not None:
+        yield f"pushed   {report.pushed.url} (commit {report.pushed.commit})"
     yield f"memory   {size(report.peak_memory)} at most"
     yield from (f"note     {note}" for note in report.notes)
 
@@ -280,6 +308,8 @@ def _target_lines(targets: Sequence[TargetGroup], *, several: bool) -> Iterator[
 
 def _mix_lines(report: MixReport, done: str) -> Iterator[str]:
     yield "Nothing was written (--dry-run)" if report.out is None else f"{done} into {report.out}"
+    if report.pushed is not None:
+        yield f"pushed   {report.pushed.url} (commit {report.pushed.commit})"
     yield from _mixed_adapters(report)
     yield ""
     yield from _mixed_modules(report.modules)

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from lorasmith.cli.merge import Place
 from lorasmith.cli.mix import cut_options, written_options
 from lorasmith.cli.output import Output, output_options
+from lorasmith.cli.parameters import Place
 
 
 @click.command(short_help="Give an adapter other ranks.")

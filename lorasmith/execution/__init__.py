@@ -7,6 +7,9 @@
 Writing waits for the disk and computing for nothing, so each has threads of its own. Copies need no arithmetic: they
 begin while torch is still being imported, and afterwards fill the gaps between panels. Computing threads have torch's
 own threads switched off and work side by side on different panels.
+
+Where what is read is not there yet, one more thread has it fetched, file of the result by file, and hands on the tasks
+of each file whose sources have come.
 """
 
 from __future__ import annotations
@@ -24,13 +27,16 @@ from lorasmith.execution.torchthreads import switch_off_torch_threads, torch_thr
 from lorasmith.execution.transfer import copy
 from lorasmith.execution.worker import Filled, Worker
 from lorasmith.execution.workplace import Workplace
-from lorasmith.records import Convert, Copy, Output, Plan, Progress, Write
+from lorasmith.records import Convert, Copy, Merge, Output, Plan, Progress, Write
 from lorasmith.rounding import Sample
 from lorasmith.safefile import AlignedBuffer, Reader, Writer
 
 ProgressCallback = Callable[[Progress], None]
 FinishedCallback = Callable[[Output, list[Sample]], None]
 """Told that a file is on the disk, with what was sampled of its tensors; one call at a time."""
+FetchCallback = Callable[[Output, Callable[[], bool]], None]
+"""Asked to make sure that what a file is made from is there; returns when it is, or when what it is given says that
+the run has ended."""
 
 POLL = 0.1
 """Seconds between two progress events, and the longest a Ctrl-C waits to be noticed."""
@@ -53,16 +59,20 @@ def execute(
     budget: Budget,
     finished: FinishedCallback,
     progress: ProgressCallback | None = None,
+    fetch: FetchCallback | None = None,
 ) -> int:
     """Write every file of the plan that holds weights and is not finished yet; return the bytes that were.
 
-    Raises NotFinite, IOFailed, what ``finished`` and ``progress`` raise, and the system's own OSError from a failed
-    write (``claim`` makes it lorasmith's).
+    ``fetch`` is called, from a thread of its own, for one file after another before it is begun; a source is closed
+    when no file to come reads from it. Raises NotFinite, IOFailed, what ``finished``, ``fetch`` and ``progress`` raise,
+    and the system's own OSError from a failed write (``claim`` makes it lorasmith's).
     """
     started = time.monotonic()
     with _readers() as readers, torch_threads_kept():
-        work = _Work(plan, budget, place, readers, finished)
+        work = _Work(plan, budget, place, readers, finished, fetch)
         running = [threading.Thread(target=work.write, daemon=True) for _ in range(WRITERS)]
+        if fetch is not None:
+            running.append(threading.Thread(target=work.fetch, daemon=True))
         if work.needs_torch:
             running += [threading.Thread(target=work.compute, daemon=True) for _ in range(budget.threads)]
         try:
@@ -93,13 +103,17 @@ class _Work:
         plan: Plan,
         budget: Budget,
         place: Workplace,
-        readers: Mapping[str, Reader],
+        readers: dict[str, Reader],
         finished: FinishedCallback,
+        fetch: FetchCallback | None,
     ) -> None:
         self._plan = plan
         self._place = place
+        self._budget = budget
         self._readers = readers
         self._finished = finished
+        self._fetch = fetch
+        self._coming: deque[int] = deque()
         self._samples: dict[int, list[Sample]] = {}
         self._changed = threading.Condition()
         self._arithmetic: deque[Task] = deque()
@@ -110,19 +124,41 @@ class _Work:
         self._writers: dict[int, Writer] = {}
         self._error: BaseException | None = None
         self._stopped = False
-        self.resumed = 0
-        self._queue_tasks(budget)
+        self.resumed = sum(output.size for output in plan.outputs if place.is_finished(output))
         self._done = self.resumed
-        self.needs_torch = bool(self._arithmetic)
+        ahead = [index for index, output in enumerate(plan.outputs) if not place.is_finished(output)]
+        self.needs_torch = any(isinstance(step, Convert) for index in ahead for step in plan.outputs[index].steps)
+        if fetch is None:
+            for index in ahead:
+                self._queue(index)
+        else:
+            self._coming = deque(ahead)
 
-    def _queue_tasks(self, budget: Budget) -> None:
-        for index, output in enumerate(self._plan.outputs):
-            if self._place.is_finished(output):
-                self.resumed += output.size
-                continue
-            for task in tasks(self._plan, index, budget.panel):
-                (self._arithmetic if isinstance(task.step, Convert) else self._plain).append(task)
-                self._left[index] = self._left.get(index, 0) + 1
+    def _queue(self, index: int) -> None:
+        for task in tasks(self._plan, index, self._budget.panel):
+            (self._arithmetic if isinstance(task.step, Convert) else self._plain).append(task)
+            self._left[index] = self._left.get(index, 0) + 1
+
+    # ------------------------------------------------------------------------------------------------ fetching
+
+    def fetch(self) -> None:
+        """Have the sources of one file after another fetched, until there is none left or something failed."""
+        assert self._fetch is not None
+        try:
+            while self._coming and not self._stopped:
+                self._fetch(self._plan.outputs[self._coming[0]], lambda: self._stopped)
+                with self._changed:
+                    self._queue(self._coming.popleft())
+                    self._changed.notify_all()
+        except BaseException as error:  # handed to the caller's thread
+            self._fail(error)
+
+    def _close_readers(self, done: int) -> None:
+        """Close what no file but one that is done reads from, so that it may be removed."""
+        ahead = {*self._left, *self._coming} - {done}
+        needed = {source for index in ahead for source in sources(self._plan.outputs[index])}
+        for file in self._readers.keys() - needed:
+            self._readers.pop(file).close()
 
     def progress(self, seconds: float) -> Progress:
         total = sum(output.size for output in self._plan.outputs)
@@ -146,7 +182,9 @@ class _Work:
 
     def _next_arithmetic(self) -> tuple[Task, AlignedBuffer] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._free or not self._arithmetic)
+            self._changed.wait_for(
+                lambda: self._stopped or (self._arithmetic and self._free) or not (self._arithmetic or self._coming)
+            )
             if self._stopped or not self._arithmetic:
                 return None
             return self._arithmetic.popleft(), self._free.pop()
@@ -173,9 +211,11 @@ class _Work:
         """A filled panel if there is one, else a copy and a panel for it."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._stopped or self._filled or (self._plain and self._free) or not self._left
+                lambda: (
+                    self._stopped or self._filled or (self._plain and self._free) or not (self._left or self._coming)
+                )
             )
-            if self._stopped or not self._left:
+            if self._stopped or not (self._left or self._coming):
                 return None
             if self._filled:
                 return self._filled.popleft()
@@ -203,6 +243,8 @@ class _Work:
         if last:
             writer.sync()
             with self._changed:
+                if self._fetch is not None:
+                    self._close_readers(index)
                 self._finished(self._plan.outputs[index], self._samples.pop(index))
                 del self._writers[index], self._left[index]
                 self._changed.notify_all()
@@ -238,8 +280,20 @@ def _worker(plan: Plan, readers: Mapping[str, Reader]) -> Worker:
     return DeviceWorker(readers, plan.device, allow_overflow=plan.allow_overflow)
 
 
+def sources(output: Output) -> set[str]:
+    """The files that an output is made from."""
+    found = set()
+    for step in output.steps:
+        if isinstance(step, Copy):
+            found.add(step.source)
+        elif isinstance(step, Convert):
+            terms = step.terms if isinstance(step, Merge) else ()
+            found |= {step.entry.file, *(entry.file for term in terms for entry in term.delta.entries)}
+    return found
+
+
 @contextlib.contextmanager
-def _readers() -> Iterator[Mapping[str, Reader]]:
+def _readers() -> Iterator[dict[str, Reader]]:
     """A reader for every file that steps read from, opened when it is first needed."""
     readers = _Readers()
     try:

@@ -10,8 +10,8 @@ from lorasmith.errors import BadOption, LorasmithError, OutputExists
 from lorasmith.jsonfile import read_json
 from lorasmith.safefile import read_header
 
-JOURNAL, RESULT, REPLACED = "journal", "result", "replaced"
-"""What a partial folder holds: the journal, the result, and for a moment what the result replaces."""
+JOURNAL, RESULT, REPLACED, SCRATCH = "journal", "result", "replaced", "scratch"
+"""What a partial folder holds: the journal, the result, for a moment what the result replaces, and what passes."""
 
 MOUNT_FOLDER = ".lorasmith.partial"
 """The partial folder where it must be inside the output, because that cannot be renamed."""

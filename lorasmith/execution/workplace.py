@@ -3,6 +3,7 @@
     OUT.partial/            beside OUT (inside OUT, as OUT/.lorasmith.partial, where OUT is a mount point)
         journal             what is being made, which files are finished, that publishing began
         result              the result: a folder, or a file where OUT is one
+        scratch             what a run needs for a while
 
 The journal is locked while a run lives, so two runs never share an output. A killed run leaves the folder, and the
 same command goes on from its finished files; a result is renamed to OUT once everything in it is on the disk.
@@ -14,12 +15,21 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from lorasmith.errors import InputChanged, IOFailed, LorasmithError, NoSpace, OutputBusy, OutputExists
-from lorasmith.execution.destination import JOURNAL, REPLACED, RESULT, is_empty, partial_folder, require_free
+from lorasmith.execution.destination import (
+    JOURNAL,
+    REPLACED,
+    RESULT,
+    SCRATCH,
+    is_empty,
+    partial_folder,
+    require_free,
+)
 from lorasmith.execution.journal import Finished, Journal, Undertaking, heading
 from lorasmith.execution.renaming import exchange, identity, move_into, remove, sync_folder
+from lorasmith.gitnames import git_name, pointer_name
 from lorasmith.jsonfile import open_regular
 from lorasmith.records import Output, SideFile
 from lorasmith.rounding import Sample, summed
@@ -30,7 +40,8 @@ _BLOCK = 1 << 20
 class Workplace:
     """The partial folder of one run, locked; made by ``claim``.
 
-    ``published`` says that the output is complete already, ``samples`` what was measured of the finished files.
+    ``published`` says that the output is complete already, ``samples`` what was measured of the finished files,
+    ``scratch`` is a folder, perhaps yet to be made, for what a run needs for a while.
     """
 
     def __init__(self, out: str, target: str, folder: str, journal: Journal, *, overwrite: bool) -> None:
@@ -40,6 +51,7 @@ class Workplace:
         self._folder = folder
         self._result = os.path.join(folder, RESULT)
         self._replaced = os.path.join(folder, REPLACED)
+        self.scratch = os.path.join(folder, SCRATCH)
         self._is_mount = os.path.dirname(folder) == target
         self._journal = journal
         self._single_file = False
@@ -50,10 +62,11 @@ class Workplace:
 
     # --------------------------------------------------------------------------------------------- finished files
 
-    def begin(self, plan: Undertaking) -> None:
+    def begin(self, plan: Undertaking, elsewhere: Collection[str] = ()) -> None:
         """Go on from what an earlier run of the same plan finished, or start afresh.
 
-        Raises OutputExists when something that must stay has come to the output meanwhile.
+        Files ``elsewhere`` were finished and may have been taken away. Raises OutputExists when something that must
+        stay has come to the output meanwhile.
         """
         self._plan, self._single_file = plan, plan.single_file
         past = self._journal.read()
@@ -63,21 +76,22 @@ class Workplace:
             self.published = ours and self._is_published(past.publishing) and self._holds(self._target, plan)
             ours = self.published or (ours and self._is_result(past.publishing))
         if ours:
-            self._take_up(plan, past.finished)
+            self._take_up(plan, past.finished, elsewhere)
         if self.published:
             return
         if not self._finished:
             self._restore_replaced()
             remove(self._result)
+            remove(self.scratch)
             self._journal.begin(plan)
         require_free(self._out, self._target, overwrite=self._overwrite)
         if not plan.single_file:
             os.makedirs(self._result, exist_ok=True)
 
-    def _take_up(self, plan: Undertaking, finished: Sequence[Finished]) -> None:
+    def _take_up(self, plan: Undertaking, finished: Sequence[Finished], elsewhere: Collection[str]) -> None:
         sizes = {output.name: output.size for output in plan.outputs}
         for one in finished:
-            there = self.published or self._size(self._result, one.name) == one.size
+            there = self.published or one.name in elsewhere or self._size(self._result, one.name) == one.size
             if there and sizes.get(one.name) == one.size and one.name not in self._finished:
                 self._finished.add(one.name)
                 self.samples += one.samples
@@ -100,6 +114,10 @@ class Workplace:
             raise self._disturbed()
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
+
+    def where(self, name: str) -> str:
+        """Where a finished file of the result is now."""
+        return self._within(self._target if self.published else self._result, name)
 
     def _within(self, result: str, name: str) -> str:
         """A file of a result; a single file is the result itself."""
@@ -143,6 +161,23 @@ class Workplace:
             self._journal.publish(identity(self._result))
             self._swap()
             self.published = True
+        self.remove()
+
+    def adopt(self, made: str) -> None:
+        """Make a folder or a file, made in ``scratch`` by others, the output, and remove the partial folder."""
+        require_free(self._out, self._target, overwrite=False)
+        sync_folder(made)
+        for root, _, names in os.walk(made):
+            for name in names:
+                sync_folder(os.path.join(root, name))
+            sync_folder(root)
+        if self._is_mount:
+            move_into(made, self._target)
+        else:
+            if os.path.isdir(self._target):
+                os.rmdir(self._target)
+            os.rename(made, self._target)
+            sync_folder(os.path.dirname(self._target))
         self.remove()
 
     def _disturbed(self) -> IOFailed:
@@ -192,8 +227,8 @@ class Workplace:
 
     def remove(self) -> None:
         """Remove the partial folder."""
-        remove(self._result)
-        remove(self._replaced)
+        for path in (self._result, self._replaced, self.scratch):
+            remove(path)
         if os.name == "nt":  # where nothing can be removed that is open
             self._journal.close()
         with contextlib.suppress(OSError):
@@ -223,12 +258,11 @@ def claim(out: str, *, overwrite: bool) -> Iterator[Workplace]:
     place = Workplace(out, target, folder, journal, overwrite=overwrite)
     try:
         yield place
-    except (NoSpace, IOFailed):
+    except LorasmithError as error:
+        if not error.may_pass:
+            place.remove()
         raise
     except OSError as error:
-        if isinstance(error, LorasmithError):
-            place.remove()
-            raise
         raise _as_ours(error, out) from error
     except Exception:
         place.remove()
@@ -303,8 +337,15 @@ def _copy(file: SideFile, fd: int) -> None:
             view = memoryview(block)
             while view:
                 view = view[os.write(fd, view) :]
-    if sha.hexdigest() != file.sha256:
+    if file.sha256 not in (sha.hexdigest(), *_git_names(file)):
         raise changed
+
+
+def _git_names(file: SideFile) -> tuple[str, ...]:
+    """What else a side file may be known by, if its digest is none of the file's own."""
+    if file.source is None or len(file.sha256) != 2 * hashlib.sha1().digest_size:
+        return ()
+    return git_name(file.source), pointer_name(file.source)
 
 
 def _first_missing(folder: str) -> str | None:

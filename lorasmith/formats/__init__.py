@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from lorasmith.adapter import Adapter
-from lorasmith.checkpoint import names_in, require_path
+from lorasmith.checkpoint import require_path
 from lorasmith.errors import AdapterMismatch, BadFile, MissingFile, Unsupported, listed
+from lorasmith.folders import Folder, OnDisk
 from lorasmith.formats import peft
 from lorasmith.safefile import Header
 from lorasmith.weightfile import read_weights
@@ -39,13 +40,34 @@ _FOREIGN = (
 )
 
 
+def adapter_file(folder: Folder) -> str:
+    """The name of the file in an adapter folder that holds its tensors; MissingFile, with what there is, if none."""
+    names = folder.names()
+    for file in ADAPTER_FILES:
+        if file in names:
+            return file
+    inner = [name for name in names if any(folder.is_file(f"{name}/{file}") for file in ADAPTER_FILES)]
+    inner.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
+    if inner:
+        raise MissingFile(
+            f"{folder.name} is not an adapter itself but holds {len(inner)}: "
+            f"{listed([os.path.join(folder.name, name) for name in inner], most=10)}; name the one you mean"
+        )
+    if "config.json" in names:
+        raise MissingFile(
+            f"{folder.name} looks like a model, not an adapter: it has no adapter_model.safetensors. "
+            "The base comes first: lorasmith merge BASE ADAPTER"
+        )
+    raise MissingFile(f"{folder.name} holds no adapter_model.safetensors; is it an adapter folder?")
+
+
 def read_adapter(path: str) -> Adapter:
     """Read an adapter folder or file: names, shapes, scales and the digest of its contents.
 
     Raises MissingFile, BadFile, Unsupported (by name, for what cannot be merged), NotFinite.
     """
     require_path(path)
-    file = _adapter_file(path) if os.path.isdir(path) else path
+    file = os.path.join(path, adapter_file(OnDisk(path))) if os.path.isdir(path) else path
     header, notes = read_weights(file)
     if not header.entries:
         raise BadFile(f"{file} holds no tensors at all")
@@ -54,26 +76,6 @@ def read_adapter(path: str) -> Adapter:
             adapter = dialect.read(path, header)
             return replace(adapter, notes=(*notes, *adapter.notes))
     raise _unrecognised(header)
-
-
-def _adapter_file(folder: str) -> str:
-    names = names_in(folder)
-    for file in ADAPTER_FILES:
-        if file in names:
-            return os.path.join(folder, file)
-    inner = [name for name in names if any(os.path.isfile(os.path.join(folder, name, file)) for file in ADAPTER_FILES)]
-    inner.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
-    if inner:
-        raise MissingFile(
-            f"{folder} is not an adapter itself but holds {len(inner)}: "
-            f"{listed([os.path.join(folder, name) for name in inner], most=10)}; name the one you mean"
-        )
-    if "config.json" in names:
-        raise MissingFile(
-            f"{folder} looks like a model, not an adapter: it has no adapter_model.safetensors. "
-            "The base comes first: lorasmith merge BASE ADAPTER"
-        )
-    raise MissingFile(f"{folder} holds no adapter_model.safetensors; is it an adapter folder?")
 
 
 def _unrecognised(header: Header) -> Exception:

@@ -1,0 +1,135 @@
+"""The model card of a result: front matter that the Hub understands, and the recipe for people.
+
+Written from the provenance record, which every result carries, so that a result can get its card at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lorasmith.records import Survival
+
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+"""What is still true of a base after adapters were merged into it."""
+
+PROJECT = "lorasmith"
+
+
+def model_card(
+    record: Mapping[str, Any],
+    title: str,
+    *,
+    survival: Survival | None = None,
+    base_card: str | None = None,
+    library: str | None = None,
+) -> str:
+    """The card of a merged model. ``base_card`` is the text of the base's, ``library`` what loads the result."""
+    carried = front_matter(base_card)
+    facts: dict[str, Any] = {key: carried[key] for key in CARRIED if carried.get(key)}
+    if library is not None:
+        facts.setdefault("library_name", library)
+    repos = base_models(record)
+    if repos:
+        facts |= {"base_model": repos, "base_model_relation": "merge"}
+    facts["tags"] = [PROJECT, "merge", "lora"]
+    return _card(facts, [f"# {title}", "", *_merged(record), "", *_adapters(record), *_rest(record, survival)])
+
+
+def adapter_card(record: Mapping[str, Any], title: str, *, base: str | None, task: str | None = None) -> str:
+    """The card of an adapter that was made from others, after PEFT's conventions. ``base`` is what it is for."""
+    facts: dict[str, Any] = {"library_name": "peft", "tags": ["lora", PROJECT]}
+    if base is not None:
+        facts |= {"base_model": base, "base_model_relation": "adapter"}
+        facts["tags"] = [f"base_model:adapter:{base}", *facts["tags"]]
+    if task == "CAUSAL_LM":
+        facts["pipeline_tag"] = "text-generation"
+        facts["tags"].append("transformers")
+    of = f" for {_link(base)}" if base is not None else ""
+    return _card(facts, [f"# {title}", "", f"A LoRA adapter{of}.", "", *_adapters(record), *_rest(record, None)])
+
+
+def base_models(record: Mapping[str, Any]) -> list[str]:
+    """The repositories on the Hub that went into a result, each once: the base's and the adapters'."""
+    repos = [record.get("base_repo"), *(one.get("repo") for one in record.get("adapters", ()))]
+    return list(dict.fromkeys(repo for repo in repos if isinstance(repo, str)))
+
+
+def front_matter(card: str | None) -> Mapping[str, Any]:
+    """The metadata of a card; none of one that has none, or none that can be read."""
+    from huggingface_hub import RepoCard
+
+    if card is None:
+        return {}
+    try:
+        facts: dict[str, Any] = RepoCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+    except Exception:  # cards are written by hand, and their parsers fail in many ways
+        return {}
+    return facts
+
+
+def _card(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
+    from huggingface_hub import ModelCardData
+
+    return "---\n" + ModelCardData(**facts).to_yaml() + "\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def _merged(record: Mapping[str, Any]) -> Iterator[str]:
+    base = record.get("base_repo")
+    at = f" at `{record['base_commit']}`" if base else ""
+    what = "adapters" if len(record["adapters"]) > 1 else "adapter"
+    yield f"{_link(base) if base else 'A local model'}{at} with the {what} below merged into its weights:"
+    yield "`W0 + Σ weight · scale · B·A`, summed in float32 and rounded once."
+
+
+def _adapters(record: Mapping[str, Any]) -> Iterator[str]:
+    yield "| Adapter | Revision | Weight | Kind | Rank | Scale |"
+    yield "|---|---|---|---|---|---|"
+    for one in record.get("adapters", ()):
+        name = _link(one["repo"]) if "repo" in one else f"local, SHA-256 `{one['sha256'][:12]}…`"
+        commit = f"`{one['commit'][:12]}`" if "commit" in one else ""
+        ranges = [_span(one[key]) if key in one else "" for key in ("rank", "scale")]
+        cells = [name, commit, f"{one.get('weight', 1):g}", ", ".join(one.get("kinds", ())), *ranges]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _rest(record: Mapping[str, Any], survival: Survival | None) -> Iterator[str]:
+    if survival is not None and survival.total is not None:
+        yield ""
+        yield (
+            f"{survival.total:.2%} of the adapters' change is left after rounding to the model's dtype (the change is "
+            f"{survival.relative_norm:.2%} of the weights' norm)."
+        )
+    command = _command(record)
+    if command is not None:
+        yield from ("", "To make it again:", "", "```", command, "```")
+    yield ""
+    made = f"Made by {PROJECT} {record['lorasmith']} with torch {record['torch']}."
+    yield f"{made} `lorasmith.json` has the digests of all inputs." if "plan" in record else made
+
+
+def _command(record: Mapping[str, Any]) -> str | None:
+    """What makes the same result; None where an input is on no Hub."""
+    inputs = [one for one in record.get("adapters", ()) if "repo" in one]
+    if "base_repo" not in record or len(inputs) < len(record.get("adapters", ())):
+        return None
+    weights = ["" if one["weight"] == 1 else f":{one['weight']:g}" for one in inputs]
+    names = [_name(record, "base_"), *(_name(one, "") + weight for one, weight in zip(inputs, weights, strict=True))]
+    options = "" if record.get("dtype", "keep") == "keep" else f" --dtype {record['dtype']}"
+    if record.get("max_shard_size"):
+        options += f" --max-shard-size {record['max_shard_size']}"
+    return f"lorasmith merge {' '.join(names)} -o merged{options}"
+
+
+def _name(facts: Mapping[str, Any], prefix: str) -> str:
+    inside = facts.get(f"{prefix}inside")
+    return f"{facts[f'{prefix}repo']}@{facts[f'{prefix}commit']}" + (f"/{inside}" if inside else "")
+
+
+def _link(repo: str) -> str:
+    return f"[{repo}](https://huggingface.co/{repo})"
+
+
+def _span(pair: Sequence[float]) -> str:
+    low, high = (f"{value:g}" for value in pair)
+    return low if low == high else f"{low}–{high}"
