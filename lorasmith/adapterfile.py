@@ -62,7 +62,7 @@ class AdapterFile:
         self._code, self._biased, self._inside = code, biased, inside
         self._config, self._metadata = config, metadata
         self.ranks: dict[str, int] = {}
-        ranks = {site.module: rank for site, rank in most.items()}
+        ranks = {site.path: rank for site, rank in most.items()}
         tensors = [one for site, rank in most.items() for one in _tensors(site, rank, code, biased)]
         sized = [(name, code, shape, prod(shape) * itemsize(code)) for name, code, shape in [*wholes, *tensors]]
         self._file = GrowingFile(path, sized, self._header(longest_config(config(ranks), ranks)))
@@ -72,14 +72,14 @@ class AdapterFile:
         return {**self._metadata, **({INSIDE: text} if self._inside else {}), "format": "pt"}
 
     def add(self, site: Site, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Append factors of shapes (outputs, rank) and (rank, inputs), and the bias on the outputs.
+        """Append factors of shapes (outputs, rank) and (rank, inputs), and the bias on the outputs; or a whole stack.
 
         Raises NotFinite for a number too large for the dtype.
         """
         import torch
 
-        rank = right.shape[0]
-        self.ranks[site.module] = rank
+        rank = right.shape[0] // max(1, site.experts)
+        self.ranks[site.path] = rank
         factors = dict(zip((site.a(rank), site.b(rank)), (right / site.times, left), strict=True))
         for (name, shape), tensor in factors.items():
             self._append(name, tensor.reshape(shape))

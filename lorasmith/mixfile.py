@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from lorasmith.combining.combined import Combined, Source, read_factor
 from lorasmith.dtypes import itemsize
 from lorasmith.execution.torchthreads import in_order
 from lorasmith.formats.peft import plain_names
-from lorasmith.formats.writing import Site, lora_config
+from lorasmith.formats.writing import Site, lora_config, stacked
 from lorasmith.growingfile import GrowingFile
 from lorasmith.mixture import Mixture, Module, Whole, saved_modules, trained_tokens
 from lorasmith.recompression import Made, Request, make, walk
@@ -48,7 +48,7 @@ def _made(job: Job) -> Iterator[Made]:
     done = 0
 
     def work(module: Module) -> Made:
-        return make(module, job.request, len(job.mixture.adapters), job.ranks.get(module.site.module))
+        return make(module, job.request, len(job.mixture.adapters), job.ranks.get(module.name))
 
     for made, size in zip(in_order(work, modules, job.threads), sizes, strict=True):
         yield made
@@ -68,7 +68,7 @@ def write(job: Job, spot: Spot | None) -> tuple[int, list[Made]]:
     kept = _foreign(mixture.adapters[0][0].metadata) if len(mixture.adapters) == 1 else {}
     file = AdapterFile(
         spot.path,
-        {module.site: max(1, module.rank, _most(module, job)) for module in mixture.modules},
+        _most_of_all(job),
         [_shape(whole) for whole in mixture.wholes],
         lambda ranks: _config(mixture, ranks),
         code=job.request.code,
@@ -101,8 +101,16 @@ def _write_modules(file: AdapterFile, job: Job) -> list[Made]:
     attention = {site.module for site in _attention(job.mixture)}
     held = {whole.source.module for whole in job.mixture.wholes}
     found = []
+    stack: list[Made] = []
     for made in _made(job):
         module, rank = made.module, made.facts.rank_out
+        if module.expert >= 0:
+            stack.append(made)
+            if len(stack) == module.site.experts:
+                _write_stack(file, stack)
+                stack = []
+            found.append(_without_factors(made))
+            continue
         if module.site.module in attention:
             rank = _attention_rank(module, job)
         elif not rank and (module.biases or module.site.module in held):
@@ -117,6 +125,22 @@ def _write_modules(file: AdapterFile, job: Job) -> list[Made]:
             rows, columns = module.site.shape
             file.add(module.site, torch.zeros(rows, 1), torch.zeros(1, columns), _bias(module))
     return found
+
+
+def _write_stack(file: AdapterFile, experts: Sequence[Made]) -> None:
+    """The factors of all experts of a stack, which have one rank: the largest that any of them needs."""
+    rank = max(1, *(made.facts.rank_out for made in experts))
+    lefts = [_wide(made.left.float(), rank) for made in experts]
+    rights = [_wide(made.right.t().float(), rank).t() for made in experts]
+    file.add(experts[0].module.site, *stacked(lefts, rights))
+
+
+def _most_of_all(job: Job) -> dict[Site, int]:
+    """The largest rank that each site can get."""
+    most: dict[Site, int] = {}
+    for module in job.mixture.modules:
+        most[module.site] = max(most.get(module.site, 1), module.rank, _most(module, job))
+    return most
 
 
 def _attention(mixture: Mixture) -> list[Site]:
@@ -186,21 +210,26 @@ def _weighed(whole: Whole) -> Iterator[memoryview]:
         yield total.view(-1).view(torch.uint8).numpy().data
 
 
+_CHANGED = ("use_bdlora", "lora_bias", "lora_B_layout", "auto_mapping")
+"""Keys that say how factors are stored, which new ones are not."""
+
+
 def _config(mixture: Mixture, ranks: Mapping[str, int], alphas: Mapping[str, float] | None = None) -> dict[str, Any]:
     adapters = [adapter for adapter, weight in mixture.adapters if weight != 0]
     config = lora_config(
         adapters,
         ranks,
         alphas or ranks,
-        every=len(ranks) == len(mixture.modules) and not mixture.dropped,
+        every=len(ranks) == len({module.site for module in mixture.modules}) and not mixture.dropped,
         lora_bias=any(module.biases for module in mixture.modules),
         saved=saved_modules(mixture),
         tokens=trained_tokens(mixture),
+        parameters={module.site.path for module in mixture.modules if module.site.parameter},
     )
     if len(adapters) > 1:
         return config
     return {
-        **{key: value for key, value in adapters[0].config.items() if key not in ("use_bdlora", "lora_bias")},
+        **{key: value for key, value in adapters[0].config.items() if key not in _CHANGED},
         **config,
     }
 
@@ -232,11 +261,11 @@ def _copy(job: Job, spot: Spot) -> int:
 
 
 def _ranks(mixture: Mixture) -> dict[str, int]:
-    return {module.site.module: module.rank for module in mixture.modules}
+    return {module.site.path: module.rank for module in mixture.modules}
 
 
 def _scaled(mixture: Mixture) -> dict[str, float]:
     """The alpha of every module that gives its factors their own scale."""
     return {
-        module.site.module: module.parts[0].delta.scale / module.site.times * module.rank for module in mixture.modules
+        module.site.path: module.parts[0].delta.scale / module.site.times * module.rank for module in mixture.modules
     }

@@ -274,10 +274,13 @@ def _require_possible(mixture: Mixture, request: Request) -> None:
         return
     if any(module.dense is not None for module in mixture.modules):
         raise BadOption("--params shares out what can be computed beforehand, which this mix cannot; give --rank")
-    if any(module.site.is_attention for module in mixture.modules):
-        raise BadOption(
-            "--params cannot be kept to with torch.nn.MultiheadAttention, which has one rank for two layers"
+    if any(module.site.is_attention or module.expert >= 0 for module in mixture.modules):
+        what = (
+            "stacked experts"
+            if any(module.expert >= 0 for module in mixture.modules)
+            else "torch.nn.MultiheadAttention"
         )
+        raise BadOption(f"--params cannot be kept to with {what}, several of which have one rank; give --rank")
     least = min(sum(module.site.shape) for module in mixture.modules)
     if request.criterion.params < least:
         raise BadOption(
@@ -291,9 +294,7 @@ def _job(mixture: Mixture, request: Request, run: _Run, record: Mapping[str, Any
     if request.criterion.params is not None:
         jobs = mixture.modules
         found = in_order(lambda module: singular_values(module, request), jobs, threads)
-        spectra = {
-            module.site.module: (values, sum(module.site.shape)) for module, values in zip(jobs, found, strict=True)
-        }
+        spectra = {module.name: (values, sum(module.site.shape)) for module, values in zip(jobs, found, strict=True)}
         ranks = allocate(spectra, request.criterion.params)
     return Job(mixture, request, ranks, record, threads, verbatim, run.progress)
 

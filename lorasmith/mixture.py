@@ -26,10 +26,12 @@ from lorasmith.deltas.experts import Stacked
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.deltas.token_rows import TokenRows
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
-from lorasmith.formats.peft import PREFIX, TOKEN_ROWS
-from lorasmith.formats.writing import Site, site_of
+from lorasmith.formats.peft import PREFIX, TOKEN_ROWS, plain_names
+from lorasmith.formats.stacks import is_by_expert
+from lorasmith.formats.writing import Site, site_of, stack_of
 from lorasmith.safefile import TensorEntry, equal_bytes
 from lorasmith.structure import open_structure
+from lorasmith.weightfile import read_weights
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Part:
 class Module:
     """One product of the mix: the ``parts`` it is made of, and the biases on them, each with its weight.
 
+    Of stacked experts, it is one ``expert``'s.
+
     Where what comes out is not of low rank by itself, ``dense`` is the whole combination on the ``entry`` it reads from
     the base, if it does; ``turned`` says that it stands the other way round than the module's factors.
     """
@@ -59,6 +63,12 @@ class Module:
     dense: Combined | None = None
     entry: TensorEntry | None = None
     turned: bool = False
+    expert: int = -1
+
+    @property
+    def name(self) -> str:
+        """What the module is called in a report."""
+        return self.site.path if self.expert < 0 else f"{self.site.path}[{self.expert}]"
 
     @property
     def rank(self) -> int:
@@ -214,9 +224,58 @@ def _modules(adapters: Weighted, method: Method, bound: Mapping[int, Bound]) -> 
             biases.setdefault(source.module, []).append((source.delta, weight))
         elif source.delta.rank:
             found.setdefault((source.module, source.parameter), []).append((position, source, weight))
+    names: dict[int, Mapping[str, str]] = {}
     for (module, parameter), some in found.items():
         own = biases.get(module, []) if parameter == "weight" else []
-        yield _module(adapters, method, some, tuple(own), bound)
+        if any(isinstance(source.delta, Stacked) for _, source, _ in some):
+            yield from _experts(adapters, method, some, names)
+        else:
+            yield _module(adapters, method, some, tuple(own), bound)
+
+
+def _experts(
+    adapters: Weighted,
+    method: Method,
+    some: Sequence[tuple[int, ModuleDelta, float]],
+    names: dict[int, Mapping[str, str]],
+) -> Iterator[Module]:
+    """A module for every expert of a stack, with factors as they are stored; ``names`` are kept for the next stack."""
+    sites = []
+    for position, source, _ in some:
+        if position not in names:
+            names[position] = plain_names(read_weights(adapters[position][0].file)[0])
+        sites.append(stack_of(source, names[position]) if isinstance(source.delta, Stacked) else None)
+    site = sites[0]
+    if site is None or any(one != site for one in sites):
+        first, last = adapters[some[0][0]][0].path, adapters[some[-1][0]][0].path
+        raise AdapterMismatch(
+            f"{first} and {last} have factors of different shapes, or of other parameters beside them, for the stacked "
+            f"experts {some[0][1].module}.{some[0][1].parameter}. {_MERGE}"
+        )
+    stacks = [_by_layout(adapters[position][0], source) for position, source, _ in some]
+    for expert in range(site.experts):
+        parts = tuple(
+            Part(position, stack.expert(expert), weight, adapters[position][0].sha256, f"{draw_name(source)}[{expert}]")
+            for (position, source, weight), stack in zip(some, stacks, strict=True)
+        )
+        module = Module(site, parts, expert=expert)
+        yield module if method.space == "core" or method.is_linear else replace(module, dense=_combined(method, parts))
+
+
+def _by_layout(adapter: Adapter, source: ModuleDelta) -> Stacked:
+    assert isinstance(source.delta, Stacked)
+    by_expert = is_by_expert(adapter.config)
+    if by_expert is None:
+        raise AdapterMismatch(
+            f"{adapter.path}: lora_B_layout = {adapter.config.get('lora_B_layout')!r:.80} is not known, so it is not "
+            f"known which columns of {source.tensors[1]!r} belong to which expert"
+        )
+    return replace(source.delta, by_expert=by_expert)
+
+
+def _combined(method: Method, parts: Sequence[Part]) -> Combined:
+    sources = (Source(((part.delta, 1.0),), part.weight, part.digest, part.name) for part in parts)
+    return Combined(method, tuple(sources))
 
 
 def _module(
@@ -226,12 +285,6 @@ def _module(
     biases: tuple[tuple[Addition, float], ...],
     bound: Mapping[int, Bound],
 ) -> Module:
-    for position, source, _ in some:
-        if isinstance(source.delta, Stacked):
-            raise Unsupported(
-                f"{adapters[position][0].path}: {source.tensors[0]!r} is for stacked experts (target_parameters), that "
-                f"cannot be mixed yet. {_MERGE}"
-            )
     sites = [site_of(adapters[position][0], source) for position, source, _ in some]
     for (position, source, _), site in zip(some, sites, strict=True):
         if site != sites[0]:
@@ -401,13 +454,13 @@ def _warnings(adapters: Weighted, modules: Sequence[Module]) -> Iterator[str]:
         yield f"the adapters name different bases ({listed(list(full))}); if these are not one model, nothing fits"
     names: dict[str, str] = {}
     for module in modules:
-        tail = re.sub(r"^.*?(?=\b(layers?|blocks?|h)\.\d)", "", module.site.module)
-        other = names.setdefault(tail, module.site.module)
-        if other != module.site.module and {part.adapter for part in module.parts}.isdisjoint(
-            part.adapter for one in modules if one.site.module == other for part in one.parts
+        tail = re.sub(r"^.*?(?=\b(layers?|blocks?|h)\.\d)", "", module.name)
+        other = names.setdefault(tail, module.name)
+        if other != module.name and {part.adapter for part in module.parts}.isdisjoint(
+            part.adapter for one in modules if one.name == other for part in one.parts
         ):
             yield (
-                f"{other} and {module.site.module} are of different adapters and end alike; if they are the same layer "
+                f"{other} and {module.name} are of different adapters and end alike; if they are the same layer "
                 f"under two names, half of it is lost on loading. {_MERGE}"
             )
             return

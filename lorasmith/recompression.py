@@ -119,7 +119,7 @@ def _core(module: Module, reduced: Reduced, method: Method) -> torch.Tensor:
 
 def _interference(module: Module, reduced: Reduced) -> list[ModuleInterference]:
     positions, weights = [part.adapter for part in module.parts], [part.weight for part in module.parts]
-    return compare(module.site.module, positions, reduced, weights)
+    return compare(module.name, positions, reduced, weights)
 
 
 def _facts(
@@ -132,7 +132,7 @@ def _facts(
     energies: Sequence[float | None],
 ) -> MixedModule:
     return MixedModule(
-        module=module.site.module,
+        module=module.name,
         shape=module.site.shape,
         rank_in=module.rank,
         rank_out=rank,
@@ -204,7 +204,7 @@ def _sums(module: Module, stacks: Sequence[torch.Tensor], *, signed: bool = Fals
 
     if len({stack.shape[1] for stack in stacks}) > 1:
         raise AdapterMismatch(
-            f"module {module.site.module!r} has the ranks {', '.join(str(stack.shape[1]) for stack in stacks)}, and "
+            f"module {module.name!r} has the ranks {', '.join(str(stack.shape[1]) for stack in stacks)}, and "
             "peft-linear adds factors, which must have one; --method linear takes any"
         )
     scales = [part.weight * part.delta.scale for part in module.parts]

@@ -6,14 +6,19 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.deltas import Delta
+from lorasmith.deltas.experts import Stacked
 from lorasmith.errors import AdapterMismatch, Unsupported
 from lorasmith.formats.peft import PREFIX
+from lorasmith.formats.stacks import generation
+
+if TYPE_CHECKING:
+    import torch
 
 _OUTPUT = ".base_layer.out_proj"
 """What PEFT calls the output of its own wrapper of ``torch.nn.MultiheadAttention``."""
@@ -24,7 +29,7 @@ class Site:
     """Where PEFT keeps the factors for one weight: the ``module`` as it names it, and what kind of layer that is.
 
     ``shape`` is (outputs, inputs), and ``kernel`` what follows the inputs in a convolution's A. The product counts
-    ``times`` over.
+    ``times`` over. Of a parameter that stacks ``experts``, whose path is ``parameter``, they are those of one expert.
     """
 
     module: str
@@ -32,17 +37,24 @@ class Site:
     embedding: bool = False
     kernel: tuple[int, ...] = ()
     times: int = 1
+    experts: int = 0
+    parameter: str = ""
+
+    @property
+    def path(self) -> str:
+        """What patterns of a LoraConfig are matched with."""
+        return self.parameter or self.module
 
     def a(self, rank: int) -> tuple[str, tuple[int, ...]]:
         """Name and shape of the A of that rank."""
         name = "lora_embedding_A" if self.embedding else "lora_A.weight"
         inputs = self.shape[1] // max(1, math.prod(self.kernel))
-        return f"{PREFIX}{self.module}.{name}", (rank, inputs, *self.kernel)
+        return f"{PREFIX}{self.module}.{name}", (rank * max(1, self.experts), inputs, *self.kernel)
 
     def b(self, rank: int) -> tuple[str, tuple[int, ...]]:
         """Name and shape of the B of that rank."""
         name = "lora_embedding_B" if self.embedding else "lora_B.weight"
-        return f"{PREFIX}{self.module}.{name}", (self.shape[0], rank, *(1 for _ in self.kernel))
+        return f"{PREFIX}{self.module}.{name}", (self.shape[0], rank * max(1, self.experts), *(1 for _ in self.kernel))
 
     def bias(self) -> str:
         """The name of a bias on B."""
@@ -56,6 +68,26 @@ class Site:
     def turned(self, delta: Delta) -> Delta:
         """A delta as one of (outputs, inputs), which is not how an embedding's stands."""
         return delta.transposed() if self.embedding else delta
+
+
+def stack_of(source: ModuleDelta, names: Mapping[str, str]) -> Site:
+    """Where PEFT keeps the factors of every expert of a parameter; ``names`` are the file's as PEFT writes them."""
+    delta = source.delta
+    assert isinstance(delta, Stacked)
+    module = names[delta.a.name].removeprefix(PREFIX).removesuffix(".lora_A.weight")
+    shape = delta.b.shape[0], delta.a.matrix[1]
+    return Site(module, shape, experts=delta.count, parameter=f"{source.module}.{source.parameter}")
+
+
+def stacked(lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of experts, (outputs, rank) and (rank, inputs) of each, as PEFT stacks them (``lora.ParamWrapper``).
+
+    The rows of one expert are together in A, (rank · experts, inputs), and column k·experts + e of B is the k-th of
+    expert e.
+    """
+    import torch
+
+    return torch.stack(list(lefts), dim=2).flatten(1), torch.cat(list(rights))
 
 
 def site_of(adapter: Adapter, source: ModuleDelta) -> Site:
@@ -76,7 +108,17 @@ def site_of(adapter: Adapter, source: ModuleDelta) -> Site:
     module, times = source.module, 1
     if any(f"{_OUTPUT}." in name for name in source.tensors):
         module, times = module.removesuffix(".out_proj") + _OUTPUT, 2
-    return Site(module, (columns, rows) if embedding else (rows, columns), embedding, kernel, times)
+    path = f"{source.module}.{source.parameter}"
+    parameter = path if _is_targeted(adapter, path) else ""
+    shape = (columns, rows) if embedding else (rows, columns)
+    return Site(module, shape, embedding, kernel, times, parameter=parameter)
+
+
+def _is_targeted(adapter: Adapter, path: str) -> bool:
+    """Whether a parameter was targeted by its own name, and not its module."""
+    targets = adapter.config.get("target_parameters")
+    names = [one for one in targets if isinstance(one, str)] if isinstance(targets, list) else []
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def lora_config(
@@ -88,17 +130,19 @@ def lora_config(
     lora_bias: bool,
     saved: Sequence[str] = (),
     tokens: object = None,
+    parameters: Collection[str] = (),
 ) -> dict[str, Any]:
     """The LoraConfig of an adapter made of several, whose modules have these ranks and alphas (by default the ranks).
 
     ``every`` says that its modules are all that the adapters had, ``saved`` which of ``modules_to_save`` are there, and
-    ``tokens`` is what ``trainable_token_indices`` becomes. Raises AdapterMismatch where the adapters differ in what can
+    ``tokens`` is what ``trainable_token_indices`` becomes. ``parameters`` are those paths that are of no modules.
+    Raises AdapterMismatch where the adapters differ in what can
     only be one thing.
     """
     config = config_of(
         ranks,
         alphas or ranks,
-        _targets(adapters, ranks, every=every),
+        _targets(adapters, [module for module in ranks if module not in parameters], every=every),
         task_type=_common(adapters, "task_type"),
         names_base=next((one.names_base for one in adapters if one.names_base), None),
         bias=next((bias for one in adapters if (bias := one.config.get("bias") or "none") != "none"), "none"),
@@ -109,11 +153,30 @@ def lora_config(
     revision = _common(adapters, "revision")
     if revision is not None:
         config["revision"] = revision
+    if parameters:
+        config |= _parameter_targets(adapters)
     if lora_bias:
         config["lora_bias"] = True
     if tokens is not None:
         config["trainable_token_indices"] = tokens
     return config
+
+
+def _parameter_targets(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What finds stacked experts, and says which PEFT has laid their factors out."""
+    found: dict[tuple[Any, str | None], Adapter] = {}
+    for one in adapters:
+        targets = one.config.get("target_parameters")
+        if isinstance(targets, list):
+            found.setdefault((tuple(sorted(targets)), generation(one.config)), one)
+    owners = list(found.values())
+    if len(owners) > 1:
+        raise AdapterMismatch(
+            f"{owners[0].path} and {owners[1].path} have factors of stacked experts, and differ in their target_parameters, "
+            "or were written by versions of PEFT that store them differently; merge them into the model instead: "
+            "lorasmith merge BASE ADAPTER:WEIGHT... -o OUT"
+        )
+    return {key: owners[0].config[key] for key in ("target_parameters", "peft_version") if owners[0].config.get(key)}
 
 
 def config_of(
@@ -187,13 +250,11 @@ def _tails(path: str) -> list[str]:
     return [".".join(parts[first:]) for first in range(len(parts))]
 
 
-def _targets(adapters: Sequence[Adapter], ranks: Mapping[str, int], *, every: bool) -> list[str]:
+def _targets(adapters: Sequence[Adapter], ranks: Collection[str], *, every: bool) -> list[str]:
     """``target_modules``: the layers' own names where the adapters were given those, else every module's path."""
     named = [one.config.get("target_modules") for one in adapters]
     narrowed = any(
-        one.config.get(key)
-        for one in adapters
-        for key in ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
+        one.config.get(key) for one in adapters for key in ("layers_to_transform", "layers_pattern", "exclude_modules")
     )
     modules = sorted(ranks)
     if narrowed or not every or not all(isinstance(names, list) for names in named):
