@@ -7,6 +7,7 @@ changed as the adapter says. A checkpoint for an entry has one tensor for every 
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 import make_conversions
 import pytest
 import torch
+import transformers
 from generate import Tensors, write_json
 from safetensors.torch import load_file, save_file
-from transformers import core_model_loading
+from transformers import conversion_mapping, core_model_loading
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 import lorasmith
@@ -299,3 +301,53 @@ def test_an_adapter_on_the_running_model_s_names_reaches_what_transformers_loads
     assert merged.keys() == wanted.keys()
     for name, value in merged.items():
         assert torch.allclose(value, wanted[name], rtol=1e-9, atol=1e-9), name
+
+
+# ------------------------------------------------------------------------------------- models made of other models
+
+
+def steps_by_transformers(model: Any) -> list[tuple[Any, ...]]:
+    """What transformers collects for a model and its parts, with the beginnings of names that each is for."""
+    found: list[tuple[Any, ...]] = []
+    for one in conversion_mapping.get_model_conversion_mapping(model):
+        scopes: tuple[str, ...] = ("",)
+        if one.scope_prefix is not None:
+            below = f"{one.scope_prefix}." if one.scope_prefix else ""
+            body = f"{one.base_model_prefix}." if one.base_model_prefix else ""
+            scopes = (body + below, below)
+        found.append((tuple(one.source_patterns), tuple(one.target_patterns), scopes))
+    return found
+
+
+def steps_by_us(model: Any) -> list[tuple[Any, ...]]:
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return [(one.sources, one.targets, one.scopes) for one in steps_of(config, type(model).__name__)]
+
+
+COMPOSED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llava of qwen3_moe and siglip": (
+        "LlavaForConditionalGeneration", "LlavaConfig",
+        {"text_config": {"model_type": "qwen3_moe"}, "vision_config": {"model_type": "siglip_vision_model"}},
+    ),
+    "llava of mixtral and pixtral": (
+        "LlavaForConditionalGeneration", "LlavaConfig",
+        {"text_config": {"model_type": "mixtral"}, "vision_config": {"model_type": "pixtral"}},
+    ),
+    "gemma3": ("Gemma3ForConditionalGeneration", "Gemma3Config", {}),
+    "internvl of gpt_oss": (
+        "InternVLForConditionalGeneration", "InternVLConfig", {"text_config": {"model_type": "gpt_oss"}}
+    ),
+    "clip": ("CLIPModel", "CLIPConfig", {}),
+    "siglip": ("SiglipModel", "SiglipConfig", {}),
+    "mllama": ("MllamaForConditionalGeneration", "MllamaConfig", {}),
+    "qwen2 omni": ("Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2_5OmniThinkerConfig", {}),
+    "colqwen": ("ColQwen2ForRetrieval", "ColQwen2Config", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_parts_have_the_steps_that_transformers_gives_them(name: str) -> None:
+    model_class, config_class, options = COMPOSED[name]
+    with torch.device("meta"):
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
+    assert steps_by_us(model) == steps_by_transformers(model)

@@ -132,7 +132,7 @@ def _parts_in(config: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[t
     Of a class that the table lacks because its parts are anybody's choice, the config names parts by their paths.
     """
     for key, part in config.items() if not whole else ():
-        if isinstance(part, Mapping) and isinstance(part.get("model_type"), str):
+        if isinstance(part, Mapping) and isinstance(part.get("model_type"), str) and not key.endswith("_config"):
             yield key, _table()["classes"].get(part["model_type"]), part["model_type"]
     for path, where, usual, usual_type in whole.get("parts", ()):
         own: Any = config
