@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from lorasmith.records import Interference, ModuleInterference
+from lorasmith.reports import Interference, ModuleInterference
 
 if TYPE_CHECKING:
     import torch

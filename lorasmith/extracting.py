@@ -30,7 +30,8 @@ from lorasmith.execution.torchthreads import in_order
 from lorasmith.formats import read_adapter
 from lorasmith.formats.writing import config_of
 from lorasmith.lowrank import Criterion
-from lorasmith.records import ExtractedModule, ExtractReport, Progress, SideFile, StoredTensor
+from lorasmith.records import Progress, SideFile
+from lorasmith.reports import ExtractedModule, ExtractReport, StoredTensor
 from lorasmith.sidefiles import copied
 from lorasmith.sketching import approximate
 from lorasmith.sources import Sources

@@ -15,10 +15,11 @@ from lorasmith.execution.torchthreads import in_order
 from lorasmith.formats.peft import plain_names
 from lorasmith.formats.writing import Site, lora_config, stacked
 from lorasmith.growingfile import GrowingFile
-from lorasmith.mixture import Mixture, Module, Whole, saved_modules, trained_tokens
+from lorasmith.mixture import Mixture, Module
 from lorasmith.recompression import Made, Request, make, walk
 from lorasmith.records import Progress
 from lorasmith.weightfile import read_weights
+from lorasmith.wholes import Whole, saved_modules, trained_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -222,8 +223,8 @@ def _config(mixture: Mixture, ranks: Mapping[str, int], alphas: Mapping[str, flo
         alphas or ranks,
         every=len(ranks) == len({module.site for module in mixture.modules}) and not mixture.dropped,
         lora_bias=any(module.biases for module in mixture.modules),
-        saved=saved_modules(mixture),
-        tokens=trained_tokens(mixture),
+        saved=saved_modules(mixture.adapters, mixture.wholes),
+        tokens=trained_tokens(mixture.adapters, mixture.wholes),
         parameters={module.site.path for module in mixture.modules if module.site.parameter},
     )
     if len(adapters) > 1:

@@ -37,7 +37,8 @@ from lorasmith.mixture import Mixture, gather
 from lorasmith.planning import refuse_residual
 from lorasmith.recipe import origin_facts
 from lorasmith.recompression import Request, folded, folds_left, singular_values
-from lorasmith.records import Interference, MixReport, Progress
+from lorasmith.records import Progress
+from lorasmith.reports import Interference, MixReport
 from lorasmith.sources import Sources
 
 

@@ -13,7 +13,7 @@ from lorasmith.execution.peak import peak_memory
 from lorasmith.mixfile import Job
 from lorasmith.mixture import Mixture
 from lorasmith.recompression import Made
-from lorasmith.records import MixedAdapter, MixedModule, MixReport
+from lorasmith.reports import MixedAdapter, MixedModule, MixReport
 
 
 def report_mix(job: Job, made: Sequence[Made], out: str | None, started: float, size: int = 0) -> MixReport:

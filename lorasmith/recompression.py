@@ -20,7 +20,7 @@ from lorasmith.dtypes import itemsize, torch_dtype
 from lorasmith.errors import AdapterMismatch
 from lorasmith.lowrank import ROUNDING, Criterion, Pair, Reduced, balanced_bases, share_kept, spectrum
 from lorasmith.mixture import Module, Part
-from lorasmith.records import MixedModule, ModuleInterference
+from lorasmith.reports import MixedModule, ModuleInterference
 from lorasmith.safefile import Reader, TensorEntry
 from lorasmith.sketching import approximate
 

@@ -17,21 +17,8 @@ import click
 from lorasmith.errors import IOFailed, listed, one_line
 
 if TYPE_CHECKING:
-    from lorasmith.records import (
-        AdapterUse,
-        ExtractedModule,
-        ExtractReport,
-        Interference,
-        MergeReport,
-        MixedModule,
-        MixReport,
-        Plan,
-        Progress,
-        Pushed,
-        Resources,
-        Survival,
-        TargetGroup,
-    )
+    from lorasmith.records import AdapterUse, MergeReport, Plan, Progress, Pushed, Resources, Survival, TargetGroup
+    from lorasmith.reports import ExtractedModule, ExtractReport, Interference, MixedModule, MixReport
 
 LOG_SECONDS = 5.0
 """Between two lines of progress where there is no terminal."""

@@ -172,8 +172,8 @@ def _parameter_targets(adapters: Sequence[Adapter]) -> dict[str, Any]:
     owners = list(found.values())
     if len(owners) > 1:
         raise AdapterMismatch(
-            f"{owners[0].path} and {owners[1].path} have factors of stacked experts, and differ in their target_parameters, "
-            "or were written by versions of PEFT that store them differently; merge them into the model instead: "
+            f"{owners[0].path} and {owners[1].path} have factors of experts, and differ in target_parameters, or "
+            "were written by versions of PEFT that store them differently; merge them into the model instead: "
             "lorasmith merge BASE ADAPTER:WEIGHT... -o OUT"
         )
     return {key: owners[0].config[key] for key in ("target_parameters", "peft_version") if owners[0].config.get(key)}
