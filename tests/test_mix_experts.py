@@ -147,7 +147,7 @@ def test_stacks_of_other_parameters_or_of_another_layout_are_not_mixed(tmp_path:
     model.name_or_path = "base"
     options = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["down_proj"]}
     get_peft_model(model, LoraConfig(**options)).save_pretrained(tmp_path / "few")
-    with pytest.raises(lorasmith.AdapterMismatch, match=r"stacked experts.*lorasmith merge"):
+    with pytest.raises(lorasmith.AdapterMismatch, match=r"factors of experts.*lorasmith merge"):
         lorasmith.mix([one, tmp_path / "few"], tmp_path / "mixed")
     old = tmp_path / "1"
     config = json.loads((old / "adapter_config.json").read_text())

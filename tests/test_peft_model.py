@@ -620,10 +620,17 @@ def test_a_head_must_have_the_weight_one_and_one_owner(tmp_path: Path) -> None:
     adapted = get_peft_model(found, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
     draw(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
-    for adapters, words in (([(tmp_path / "adapter", 0.5)], "weight"), ([tmp_path / "adapter"] * 2, "another adapter")):
+    with torch.no_grad():
+        next(one for name, one in adapted.named_parameters() if "score" in name and one.requires_grad).add_(1)
+    adapted.save_pretrained(tmp_path / "other")
+    both = [tmp_path / "adapter", tmp_path / "other"]
+    for adapters, words in (([(tmp_path / "adapter", 0.5)], "weight"), (both, "another adapter")):
         with pytest.raises(lorasmith.AdapterMismatch, match=words):
             lorasmith.merge(tmp_path / "base", adapters, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    lorasmith.merge(tmp_path / "base", [tmp_path / "adapter"] * 2, tmp_path / "out")  # the same head is no other one
+    head = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["score.weight"], head)
 
 
 # -------------------------------------------------------------------------------------------------------- layers
