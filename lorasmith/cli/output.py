@@ -286,11 +286,7 @@ def _target_lines(targets: Sequence[TargetGroup], *, several: bool) -> Iterator[
     for one in targets:
         name = f"[{one.adapter + 1}] {one.target}" if several else one.target
         rows.append((name, one.kind, str(one.count), _span(one.rank), _span(one.scale), one.placed))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
-        cells += [row[column].rjust(widths[column]) for column in (2, 3, 4)]
-        yield ("  " + "  ".join([*cells, row[5]])).rstrip()
+    yield from _table(rows, left=(0, 1, 5))
 
 
 def _mix_lines(report: MixReport, done: str) -> Iterator[str]:
@@ -365,12 +361,15 @@ def _interference_lines(pairs: Sequence[Interference]) -> Iterator[str]:
     yield from _table(rows)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Cells in columns, the first to the left and the others to the right."""
+def _table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
+    """Cells in columns, those of some to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        yield "  " + "  ".join(cells)
+        cells = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  " + "  ".join(cells).rstrip()
 
 
 def _tensors(facts: Plan | MergeReport) -> str:
