@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lorasmith.adapter import Adapter
+from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.errors import BadOption, listed
 
 Path = str | os.PathLike[str]
@@ -74,7 +74,7 @@ def weigh_modules(adapters: Sequence[Adapter], given: Sequence[Weighted], patter
         owners, regex, factor = _pattern(pattern, given)
         hits = 0
         for position in owners:
-            hit = [regex.search(one.module) is not None for one in adapters[position].deltas]
+            hit = [regex.search(_called(one)) is not None for one in adapters[position].deltas]
             hits += sum(hit)
             deltas = zip(adapters[position].deltas, hit, strict=True)
             adapters[position] = replace(
@@ -82,9 +82,14 @@ def weigh_modules(adapters: Sequence[Adapter], given: Sequence[Weighted], patter
                 deltas=tuple(replace(one, weight=one.weight * factor) if found else one for one, found in deltas),
             )
         if not hits:
-            names = [one.module for position in owners for one in adapters[position].deltas]
+            names = list(dict.fromkeys(_called(one) for position in owners for one in adapters[position].deltas))
             raise BadOption(f"--weights {pattern!r} is found in no module's name; they are like {listed(names)}")
     return adapters
+
+
+def _called(one: ModuleDelta) -> str:
+    """What a pattern is searched in: the module's name, with that of a parameter that is not its weight or bias."""
+    return one.module if one.parameter in ("weight", "bias") else one.path
 
 
 def _pattern(pattern: str, given: Sequence[Weighted]) -> tuple[list[int], re.Pattern[str], float]:

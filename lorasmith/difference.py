@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from lorasmith.checkpoint import Checkpoint
 from lorasmith.deltas.low_rank import read_tensor
 from lorasmith.dtypes import FLOATS, itemsize, torch_dtype
 from lorasmith.errors import AdapterMismatch, NotFinite, Unsupported, listed
-from lorasmith.naming.conversions import runtime_names, steps_of
+from lorasmith.naming.conversions import Made, runtime_names, steps_of
 from lorasmith.naming.ties import EMBEDDINGS, HEADS, gain, layer
 from lorasmith.safefile import Reader, TensorEntry, equal_bytes
 from lorasmith.structure import Structure, open_structure
@@ -116,11 +117,22 @@ def _named(model: Checkpoint, structure: Structure) -> dict[str, TensorEntry]:
 
     What a running model fuses or divides is called what the file calls it.
     """
-    steps = steps_of(model.config, structure.architecture)
-    found = runtime_names(steps, list(structure.tensors))
+    found = _running(model, structure)
     names = {stored: name for name, stored in found.items() if isinstance(stored, str)}
     named = {names.get(name, name): entry for name, entry in structure.tensors.items()}
     return {name: entry for name, entry in named.items() if not _is_left_over(name, entry)}
+
+
+def _running(model: Checkpoint, structure: Structure) -> Mapping[str, str | Made]:
+    """What the parameters of the running model are made of."""
+    return runtime_names(steps_of(model.config, structure.architecture), list(structure.tensors))
+
+
+def divided(model: Checkpoint) -> frozenset[str]:
+    """Names of stored tensors that are several of the running model, so that no adapter has a name for them."""
+    made = [one for one in _running(model, open_structure(model, [], None)).values() if isinstance(one, Made)]
+    counts = Counter(name for one in made for group in one.sources for name in group)
+    return frozenset(name for name, count in counts.items() if count > 1)
 
 
 def _is_left_over(name: str, entry: TensorEntry) -> bool:

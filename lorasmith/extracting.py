@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import math
 import os
-import re
 import shutil
 import time
 import weakref
@@ -19,7 +18,7 @@ from lorasmith.adapter import Adapter
 from lorasmith.adapterfile import AdapterFile, Spot, dumped, is_file, open_spot
 from lorasmith.arguments import Path
 from lorasmith.checkpoint import TOKENIZER_FILES, Checkpoint
-from lorasmith.difference import Paired, is_changed, norm_of, pair_up, walk
+from lorasmith.difference import Paired, divided, is_changed, norm_of, pair_up, walk
 from lorasmith.dtypes import BY_OPTION, NAMES, itemsize, torch_dtype
 from lorasmith.errors import AdapterMismatch, BadOption, Unsupported
 from lorasmith.execution import default_threads
@@ -149,6 +148,12 @@ def _job(base: Checkpoint, tuned: Checkpoint, run: _Run, embeddings: str) -> _Jo
         raise AdapterMismatch(
             f"{tuned.path} has the same values as {base.path} in all {len(paired.pairs)} tensors: there is nothing to "
             "extract. Was BASE given twice, or was the tuned model saved under another name?"
+        )
+    apart = sorted(divided(base) & {paired.pairs[name].old.name for name in changed})
+    if apart:
+        raise Unsupported(
+            f"{apart[0]!r} is one tensor in the files and several layers in the running model, so that no adapter "
+            "of it would be found; extract from models that were saved as they run"
         )
     tuning = sort_out(base, paired, changed, embeddings=embeddings)
     if not tuning.lows and tuning.idle is None:
@@ -337,7 +342,7 @@ def _report(
         seconds=time.monotonic() - run.started,
         peak_memory=peak_memory(),
         notes=(*job.base.notes, *job.tuned.notes, *_notes(job, facts)),
-        warnings=(*job.paired.warnings, *_warnings(run, facts)),
+        warnings=(*job.paired.warnings, *_warnings(job, run, facts)),
     )
 
 
@@ -357,14 +362,20 @@ def _notes(job: _Job, facts: Sequence[ExtractedModule]) -> Iterator[str]:
         yield f"{len(large)} of {len(facts)} LoRAs are no smaller than the weight that they change: {large[0]} first"
 
 
-def _warnings(run: _Run, facts: Sequence[ExtractedModule]) -> Iterator[str]:
+def _warnings(job: _Job, run: _Run, facts: Sequence[ExtractedModule]) -> Iterator[str]:
     """What may be taken otherwise than it is meant, or is not what was asked for."""
-    experts = [one.module for one in facts if re.search(r"\.experts\.\d+\.", one.module)]
-    if experts:
+    stacked = any(".experts." in name for name in job.paired.pairs)
+    leaves = tuple(f".{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
+    lost = [one.module for one in facts if stacked and one.module.endswith(leaves)]
+    if lost:
         yield (
-            f"{len(experts)} modules are experts by the names of the files, like {experts[0]}: lorasmith merge takes "
-            "them, but PEFT with transformers 5, which runs experts in one piece, may not find them all"
+            f"PEFT with transformers 5 does not find {len(lost)} modules of this mixture of experts, or takes them for "
+            f"stacked ones, like {lost[0]}, and then computes something else; lorasmith merge takes them all"
         )
+    gated = {name.rpartition(".gru_rel_pos_")[0] for name in job.paired.pairs if ".gru_rel_pos_" in name}
+    past = [one.module for one in facts if one.module.rpartition(".")[0] in gated]
+    if past:
+        yield f"the model reads the weights of {past[0]} past PEFT's LoRA; merge the adapter instead of loading it"
     criterion = run.criterion
     wanted = criterion.max_error if criterion.energy is None else math.sqrt(1 - criterion.energy)
     missed = [one for one in facts if wanted is not None and one.error > 1.001 * wanted + 1e-6]

@@ -85,10 +85,10 @@ def sort_out(base: Checkpoint, paired: Paired, changed: Collection[str], *, embe
     whole = model.whole_modules()
     kept = [name for name in paired.pairs if name in changed and not _within(name, whole)]
     lows = tuple(model.low(paired.pairs[name]) for name in kept if model.is_low(name))
-    adapted = {low.pair.module for low in lows}
     loose = [name for name in kept if not model.is_low(name)]
     free = (model.low(one) for name, one in paired.pairs.items() if model.is_low(name) and not _within(name, whole))
     idle = None if lows else next(free, None)
+    adapted = {low.pair.module for low in (*lows, *([idle] if idle else []))}
     saved = [name for name in paired.pairs if _within(name, whole)]
     biases = {paired.pairs[name].module for name in loose if paired.pairs[name].parameter == "bias"}
     names = {name: _own_name(paired.pairs[name], adapted) for name in [*saved, *loose]}

@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from families import KINDS
 from generate import (
     SIDE_FILES,
     Sizes,
@@ -789,3 +790,35 @@ def test_loras_that_are_larger_than_their_weights_are_told_of(tmp_path: Path) ->
     assert any("no smaller than the weight" in note for note in report.notes)
     report = lorasmith.extract(tmp_path / "base", tmp_path / "tuned", rank=3)
     assert report.notes == ()
+
+
+def test_biases_alone_are_found_by_peft_on_the_layer_that_has_a_lora_of_zeros(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("dense.bias", "query.bias", "value.bias")):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path / "tuned")
+    lorasmith.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", max_error=0.0)
+    fresh = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "out")).eval()
+    ids = torch.arange(3, 15).view(2, 6)
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_a_tensor_that_a_running_model_divides_is_refused(tmp_path: Path) -> None:
+    kind = KINDS["nomic_bert"]
+    model = kind.build()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(lorasmith.Unsupported, match=r"one tensor in the files and several layers"):
+        lorasmith.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()

@@ -157,3 +157,41 @@ def test_stacks_of_other_parameters_or_of_another_layout_are_not_mixed(tmp_path:
     with pytest.raises(lorasmith.BadOption, match="--params cannot be kept to with stacked experts"):
         lorasmith.resize(one, tmp_path / "mixed", params=10**6)
     assert not (tmp_path / "mixed").exists()
+
+
+def test_a_layer_of_another_rank_beside_stacks_is_no_stack(tmp_path: Path) -> None:
+    kind = MIXTURES["qwen3_moe"]
+    options = {"rank_pattern": {"q_proj": 6, "mlp.gate.weight": 5}, "target_parameters": [*kind.parameters]}
+    parts = pair(kind, tmp_path, **options)
+    report = lorasmith.mix(parts, tmp_path / "mixed", energy=0.8)
+    assert not any("q_proj[" in module.module or "q_proj." in module.module for module in report.modules)
+    lorasmith.mix(parts, tmp_path / "exact")
+    lorasmith.merge(tmp_path / "base", parts, tmp_path / "at-once")
+    lorasmith.merge(tmp_path / "base", tmp_path / "exact", tmp_path / "by-mix")
+    assert close(tensors_of(tmp_path / "at-once"), tensors_of(tmp_path / "by-mix"))
+    lorasmith.merge(tmp_path / "base", tmp_path / "mixed", tmp_path / "by-cut-mix")
+
+
+def test_an_adapter_without_stacks_is_mixed_with_one_that_has_some(tmp_path: Path) -> None:
+    kind = MIXTURES["gpt_oss"]
+    (one, weight), _ = pair(kind, tmp_path)
+    model = kind.build()
+    model.name_or_path = "base"
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    draw(wrapped, seed=9)
+    wrapped.save_pretrained(tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    (tmp_path / "plain" / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": []}))
+    parts = [(one, weight), (tmp_path / "plain", 0.5)]
+    lorasmith.mix(parts, tmp_path / "mixed")
+    lorasmith.merge(tmp_path / "base", parts, tmp_path / "at-once")
+    lorasmith.merge(tmp_path / "base", tmp_path / "mixed", tmp_path / "by-mix")
+    assert close(tensors_of(tmp_path / "at-once"), tensors_of(tmp_path / "by-mix"))
+
+
+def test_weights_reach_a_parameter_by_its_own_name(tmp_path: Path) -> None:
+    kind = MIXTURES["qwen3_moe"]
+    (one, _), _ = pair(kind, tmp_path)
+    report = lorasmith.mix([(one, 1.0)], dry_run=True, weights=["gate_up_proj=0"])
+    assert not any("gate_up_proj" in module.module for module in report.modules)
+    assert any("down_proj" in module.module for module in report.modules)

@@ -43,7 +43,7 @@ def read_stacks(
     found: list[ModuleDelta] = []
     for root, wrappers in levels.items():
         leaves = _leaves(root, targets)
-        if leaves and (len(wrappers) > 1 or _is_wrapper(modules[wrappers[0]], root, leaves, scales)):
+        if len(wrappers) > 1 or leaves == ["weight"] or _is_wrapper(modules[wrappers[0]], root, leaves, scales):
             found += _read(file, where, root, sorted(wrappers, key=len, reverse=True), leaves, modules, scales)
     return found
 
@@ -55,13 +55,14 @@ def _root(module: str) -> str:
 
 
 def _leaves(root: str, targets: Iterable[str]) -> list[str]:
-    """The targeted parameters that a module may have: the last words of those whose paths it ends like."""
-    found = set()
-    for target in targets:
-        path, _, leaf = target.rpartition(".")
-        if not path or root == path or root.endswith(f".{path}"):
-            found.add(leaf)
-    return sorted(found)
+    """The targeted parameters that a module may have: the last words of those whose paths it ends like.
+
+    One whose weight is named with its path has no others: layers and stacks of experts are different modules.
+    """
+    paths = [target.rpartition(".") for target in targets]
+    mine = [(path, leaf) for path, _, leaf in paths if not path or root == path or root.endswith(f".{path}")]
+    named = [leaf for path, leaf in mine if path and leaf == "weight"]
+    return named[:1] or sorted({leaf for _, leaf in mine})
 
 
 def _is_wrapper(parts: Parts, root: str, leaves: Iterable[str], scales: Scales) -> bool:
@@ -69,7 +70,8 @@ def _is_wrapper(parts: Parts, root: str, leaves: Iterable[str], scales: Scales) 
     a = parts.tensors.get("lora_A")
     if a is None or not a.shape:
         return False
-    return all(scales.rank(f"{root}.{leaf}", a.shape[0]) != a.shape[0] for leaf in leaves)
+    ranks = [scales.rank(one, a.shape[0]) for one in (root, *(f"{root}.{leaf}" for leaf in leaves))]
+    return a.shape[0] not in ranks
 
 
 def _read(

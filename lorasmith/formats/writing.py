@@ -167,7 +167,7 @@ def _parameter_targets(adapters: Sequence[Adapter]) -> dict[str, Any]:
     found: dict[tuple[Any, str | None], Adapter] = {}
     for one in adapters:
         targets = one.config.get("target_parameters")
-        if isinstance(targets, list):
+        if isinstance(targets, list) and targets:
             found.setdefault((tuple(sorted(targets)), generation(one.config)), one)
     owners = list(found.values())
     if len(owners) > 1:
