@@ -235,7 +235,7 @@ def _join(adapters: Weighted, drafts: Mapping[str, _Draft]) -> None:
     """Make one patchwork of what the modules of one adapter do to one tensor; they must do it to different rows."""
     for name, draft in drafts.items():
         works: dict[int, list[Patchwork]] = {}
-        for term in draft.terms if len(draft.terms) > 1 else ():
+        for term in _weighted_alike(draft.terms) if len(draft.terms) > 1 else ():
             if isinstance(term.delta, Patchwork):
                 works.setdefault(term.adapter, []).append(term.delta)
         for position, several in works.items():
@@ -246,10 +246,24 @@ def _join(adapters: Weighted, drafts: Mapping[str, _Draft]) -> None:
                     f"{adapters[position][0].path}: two of its modules change the same rows of {name!r}; it was put "
                     "together of adapters for different versions of the model"
                 )
-            factor = next(term.factor for term in draft.terms if term.adapter == position)
+            factors = {term.factor for term in draft.terms if term.adapter == position}
+            factor = factors.pop() if len(factors) == 1 else 1.0
             others = [term for term in draft.terms if term.adapter != position]
             draft.terms = [*others, Term(joined, factor, position)]
         draft.terms.sort(key=lambda term: term.adapter)
+
+
+def _weighted_alike(terms: Sequence[Term]) -> Iterator[Term]:
+    """The terms, those of one adapter all with one factor: what differs goes into their patches."""
+    factors: dict[int, set[float]] = {}
+    for term in terms:
+        factors.setdefault(term.adapter, set()).add(term.factor)
+    for term in terms:
+        if len(factors[term.adapter]) > 1 and isinstance(term.delta, Patchwork):
+            patches = tuple(replace(patch, factor=patch.factor * term.factor) for patch in term.delta.patches)
+            yield replace(term, delta=replace(term.delta, patches=patches), factor=1.0)
+        else:
+            yield term
 
 
 def is_stacked(shape: tuple[int, int], entry: TensorEntry) -> bool:

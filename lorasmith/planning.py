@@ -239,6 +239,7 @@ def bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, options
             bound.append(_bind_whole(checkpoint, adapter, one, grown))
         else:
             bound += _bind_parts(checkpoint, adapter, one, options.expert_layout, turned)
+    _require_distinct(adapter, bound)
     used = [*(one.source for one in matched), *heads]
     return Binding(
         tuple(bound),
@@ -247,6 +248,18 @@ def bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, options
         tuple(name for one in left if not one.may_be_new for name in one.tensors),
         {(one.source.module, one.source.parameter): describe(one) for one in matched},
     )
+
+
+def _require_distinct(adapter: Adapter, bound: Sequence[Bound]) -> None:
+    """Refuse two modules of one adapter for one tensor: they are layers of two models, or of two parts of one."""
+    modules: dict[str, str] = {}
+    for one in bound:
+        first = modules.setdefault(one.target.name, one.source.module) if one.is_whole else one.source.module
+        if first != one.source.module:
+            raise AdapterMismatch(
+                f"{adapter.path}: its modules {first!r} and {one.source.module!r} both fit {one.target.name!r}, "
+                "the only such layer of the base; the adapter was trained on a larger model, or --rename joins them"
+            )
 
 
 def _bind_whole(

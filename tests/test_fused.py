@@ -5,6 +5,9 @@ The oracle is W0 + s·B·A in float64, put where the model's own code takes q, k
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +318,43 @@ def test_a_layer_stored_as_in_out_is_not_taken_apart(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", factors("transformer.h.0.attn.q_proj", 32, 32))
     with pytest.raises(lorasmith.AdapterMismatch, match=r"q_proj"):
         lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("patterns", [["q_proj=0.25"], ["k_proj=0.25", r"\bup_proj=0.5"], ["q_proj=0"]], ids=str)
+def test_weights_of_modules_hold_for_their_part_of_a_fused_layer(tmp_path: Path, patterns: list[str]) -> None:
+    base = bases_of_phi3(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    modules = {
+        "self_attn.q_proj": 32,
+        "self_attn.k_proj": 16,
+        "self_attn.v_proj": 16,
+        "mlp.gate_proj": 40,
+        "mlp.up_proj": 40,
+    }
+    tensors, wanted = {}, {"qkv_proj": [], "gate_up_proj": []}
+    for module, rows in modules.items():
+        a, b = torch.randn(2, 32, generator=generator), torch.randn(rows, 2, generator=generator)
+        tensors[f"base_model.model.model.layers.0.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.model.layers.0.{module}.lora_B.weight"] = b
+        factor = math.prod(
+            float(one.rpartition("=")[2]) for one in patterns if re.search(one.rpartition("=")[0], module)
+        )
+        wanted["qkv_proj" if "attn" in module else "gate_up_proj"].append(factor * b.double() @ a.double())
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", weights=patterns)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for layer, parts in wanted.items():
+        (name,) = (one for one in merged if f"layers.0.{'self_attn' if layer == 'qkv_proj' else 'mlp'}.{layer}" in one)
+        change = merged[name].double() - base[name].double()
+        assert float((change - torch.cat(parts)).norm()) <= 1e-5 * float(torch.cat(parts).norm())
+
+
+def bases_of_phi3(folder: Path) -> dict[str, torch.Tensor]:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    transformers.Phi3ForCausalLM(config).save_pretrained(folder / "base")
+    return load_file(folder / "base" / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -325,3 +326,52 @@ def test_the_plan_says_which_rows_of_a_fused_layer_a_part_has(tmp_path: Path) ->
     write_adapter(tmp_path / "adapter", factors("model.layers.0.self_attn.k_proj", 16, 32))
     (target,) = lorasmith.plan(tmp_path / "base", tmp_path / "adapter").targets
     assert target.placed == "k_proj → rows 32:48 of model.layers.*.self_attn.qkv_proj.weight"
+
+
+def small_llama(folder: Path, name: str) -> Path:
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    torch.manual_seed(0)
+    transformers.LlamaModel(transformers.LlamaConfig(**sizes)).save_pretrained(folder / name)
+    return folder / name
+
+
+def square_adapter(folder: Path, *stems: str) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        f"base_model.model.{stem}layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.randn(
+            shape, generator=generator
+        )
+        for stem in stems for layer in (0, 1) for side, shape in (("A", (2, 32)), ("B", (32, 2)))
+    }  # fmt: skip
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "stem", ["model.vision_tower.vision_model.encoder.", "vision_model.encoder.", "model.encoder."]
+)
+def test_a_tower_s_adapter_does_not_fit_a_language_model_saved_without_its_head(tmp_path: Path, stem: str) -> None:
+    base, adapter = small_llama(tmp_path, "base"), square_adapter(tmp_path / "adapter", stem)
+    with pytest.raises(lorasmith.AdapterMismatch, match="have no weight in"):
+        lorasmith.merge(base, adapter, tmp_path / "out")
+    lorasmith.merge(base, square_adapter(tmp_path / "own", "model."), tmp_path / "out")
+
+
+def test_two_modules_that_fit_one_tensor_are_refused(tmp_path: Path) -> None:
+    base = small_llama(tmp_path, "base")
+    both = square_adapter(tmp_path / "both", "model.", "model.language_model.")
+    with pytest.raises(lorasmith.AdapterMismatch, match=r"both fit|have no weight|several"):
+        lorasmith.merge(base, both, tmp_path / "out")
+    one = square_adapter(tmp_path / "one", "model.")
+    with pytest.raises(lorasmith.AdapterMismatch, match=r"both fit 'layers\.0"):
+        lorasmith.merge(base, one, tmp_path / "out", rename=[r"layers\.1=layers.0"])
+    assert not (tmp_path / "out").exists()

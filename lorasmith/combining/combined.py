@@ -12,6 +12,7 @@ from lorasmith.combining import Method, combine, kept_count
 from lorasmith.combining.draws import drawn, key
 from lorasmith.deltas import Delta
 from lorasmith.deltas.low_rank import Factor, beside
+from lorasmith.deltas.patchwork import Patchwork
 from lorasmith.errors import Unsupported
 from lorasmith.lowrank import Pair, Reduced, shared_bases
 from lorasmith.records import Term
@@ -119,6 +120,11 @@ def combine_terms(terms: Sequence[Term], method: Method, digests: Sequence[str],
     if not ranked:
         return tuple(terms)
     for term in ranked:
+        if isinstance(term.delta, Patchwork) and any(patch.factor != 1 for patch in term.delta.patches):
+            raise Unsupported(
+                f"{tensor!r} holds several layers of an adapter, to which --weights give different weights; with "
+                f"--method {method.name}, one tensor has one weight"
+            )
         if method.space == "core" and term.delta.low_rank() is None:
             raise Unsupported(
                 f"{term.delta.entries[0].name!r} belongs to a {term.delta.kind} of {tensor!r}, which is of no low rank "

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Patch:
-    """A delta of as many rows and columns as it is placed on."""
+    """A delta of as many rows and columns as it is placed on, and what it is multiplied with."""
 
     delta: Delta
     rows: Axis
     columns: Axis
+    factor: float = 1.0
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -38,7 +39,7 @@ class Patch:
 
     def transposed(self) -> Patch:
         turned = self.delta.turned() if isinstance(self.delta, Replacement) else self.delta.transposed()
-        return Patch(turned, self.columns, self.rows)
+        return Patch(turned, self.columns, self.rows, self.factor)
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class _OpenPatchwork:
             base = w0 if patch.delta.needs_base else None
             if _is_view(patch):
                 box = _box(patch, own, rows.start)
-                opened.add_to(acc[box], base if base is None else base[box], own, factor)
+                opened.add_to(acc[box], base if base is None else base[box], own, factor * patch.factor)
             else:
                 _add_gathered(patch, own, rows.start, opened, acc, base, factor)
 
@@ -224,7 +225,7 @@ def _add_gathered(
     rows = _index(patch.rows, own, first, acc.device)
     columns = _index(patch.columns, slice(0, len(patch.columns)), 0, acc.device)
     mine = acc[rows[:, None], columns]
-    opened.add_to(mine, None if w0 is None else w0[rows[:, None], columns], own, factor)
+    opened.add_to(mine, None if w0 is None else w0[rows[:, None], columns], own, factor * patch.factor)
     acc[rows[:, None], columns] = mine
 
 

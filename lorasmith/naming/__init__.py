@@ -66,6 +66,14 @@ class _Naming:
     obstacles: dict[str, str] = field(default_factory=dict)
     doubts: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the base is a part of a model by itself: a tower, an encoder or a decoder."""
+        return (
+            re.search(r"Vision|Visual|Image|Audio|Speech|Encoder|Decoder", _architecture(self.checkpoint) or "")
+            is not None
+        )
+
     def view(self, name: str) -> View | None:
         """What a parameter consists of; None where it is not known by this name."""
         if name not in self.views:
@@ -209,7 +217,7 @@ def _under_rule(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> dict[str,
     """The longest binding under one prefix rule; the plain names win over any rule that binds no more."""
     best = plain = _plain(naming, deltas)
     fits: list[tuple[str, str]] = []
-    for strip, add in stems.prefix_rules(list(deltas), naming.known):
+    for strip, add in stems.prefix_rules(list(deltas), naming.known, parts=naming.is_part):
         moves = ((name, add + name.removeprefix(strip) if name.startswith(strip) else name) for name in deltas)
         found = {name: view for name, moved in moves if (view := naming.find(moved)) is not None}
         if len(found) > len(best):
@@ -228,7 +236,7 @@ def _under_stems(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> dict[str
     def fits(stem: str, rests: Sequence[str]) -> bool:
         return all(naming.find(stem + rest) is not None for rest in rests)
 
-    mapping, doubtful = stems.settle(list(deltas), naming.stems, fits)
+    mapping, doubtful = stems.settle(list(deltas), naming.stems, fits, parts=naming.is_part)
     for stem, several in doubtful:
         one = _by_shape(stem, several, naming, deltas)
         if isinstance(one, str):

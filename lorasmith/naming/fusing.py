@@ -27,8 +27,11 @@ _EXPERT = re.compile(
 )
 _EXPERTS = re.compile(r"^(?P<stem>.*\bexperts)\.(?P<which>gate_up_proj|down_proj)(?P<leaf>_bias)?$")
 
-_HEADS_FIRST = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon")
-"""Model types whose ``query_key_value`` holds q, k and v of one head after the other."""
+_HEADS_FIRST = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "minimax")
+"""Model types whose fused layer holds q, k and v of one head after the other."""
+
+_OTHERWISE = ("codegen", "mobilevitv2")
+"""Model types whose fused layer is neither that nor blocks."""
 
 _BLOCKS = ("qkv_proj", "qkv", "Wqkv", "W_pack")
 """What layers are called that hold all of q, then k, then v; ``query_key_value`` may be anything."""
@@ -224,7 +227,9 @@ def _thirds(view: View, fused: str, stem: str, names: Names) -> list[View]:
     """q, k and v of a fused layer."""
     config = part_for(names.config, stem)
     model_type = config.get("model_type")
-    if fused != "query_key_value":
+    if fused != "query_key_value" and model_type not in _HEADS_FIRST:
+        if model_type in _OTHERWISE or not (fused == "W_pack" or is_known(model_type)):
+            raise CannotCompute(f"how {model_type} arranges {stem}{fused} is not known")
         return split(view, _sizes(view.shape[0], config), 0)
     if model_type in _HEADS_FIRST:
         heads = _heads(config)[0]

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _TOWER = re.compile(r"^((vision_tower|vision_model|visual|vision_encoder|image_encoder)\.)+")
 
+_PART = re.compile(r"vision|visual|image|audio|speech|(^|\.)(encoder|decoder)\.$")
+
 TEXT = frozenset({
     "", "model.", "language_model.", "language_model.model.", "model.language_model.", "model.language_model.model.",
     "text_model.model.", "model.text_model.", "model.text_model.model.", "thinker.model.", "model.model.",
@@ -46,16 +48,22 @@ def stems(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def candidates(stem: str, ours: Sequence[str]) -> Iterator[list[str]]:
+def is_part(stem: str) -> bool:
+    """Whether layers that something stands before are a part of a model: a tower, an encoder or a decoder."""
+    return _PART.search(stem) is not None
+
+
+def candidates(stem: str, ours: Sequence[str], *, parts: bool) -> Iterator[list[str]]:
     """Stems of the base that an adapter's may mean, those that are likelier first.
 
-    They have more or fewer words in front, are both a language model's, or differ in what a tower is called.
+    They have more or fewer words in front, are both a language model's, or differ in what a tower is called. Layers of
+    the base that nothing stands before are those of a part of a model only if it is one itself (``parts``).
     """
     others = [one for one in ours if one != stem]
     yield [one for one in others if stem and one and (one.endswith(f".{stem}") or stem.endswith(f".{one}"))]
     yield [one for one in others if one in TEXT] if stem in TEXT else []
     yield [one for one in others if one not in TEXT and stem not in TEXT and _canonical(one) == _canonical(stem)]
-    yield [one for one in others if not one or not stem]
+    yield [one for one in others if not stem or (not one and (parts or not is_part(stem)))]
 
 
 def _canonical(stem: str) -> str:
@@ -92,15 +100,19 @@ def _difference(stem: str, other: str) -> tuple[str, str]:
     return "".join(f"{part}." for part in mine), "".join(f"{part}." for part in theirs)
 
 
-def prefix_rules(wanted: Sequence[str], names: Iterable[str]) -> list[tuple[str, str]]:
-    """Prefixes to take off and put on, read off the base tensors that end like some of the wanted names."""
+def prefix_rules(wanted: Sequence[str], names: Iterable[str], *, parts: bool) -> list[tuple[str, str]]:
+    """Prefixes to take off and put on, read off the base tensors that end like some of the wanted names.
+
+    See ``candidates`` for ``parts``.
+    """
     rules: dict[tuple[str, str], None] = {}
     by_tail: dict[str, list[str]] = {}
     for name in names:
         by_tail.setdefault(tail(name), []).append(name)
     for name in wanted[:: max(1, len(wanted) // 8)]:
         for candidate in by_tail.get(tail(name), []):
-            if name.endswith("." + candidate):
+            bare = (stem_of(candidate) or ("?", ""))[0] == ""
+            if name.endswith("." + candidate) and (parts or not bare or not is_part(name.removesuffix(candidate))):
                 rules[name.removesuffix(candidate), ""] = None
             elif candidate.endswith("." + name):
                 rules["", candidate.removesuffix(name)] = None
@@ -113,7 +125,7 @@ def tail(name: str) -> str:
 
 
 def settle(
-    wanted: Sequence[str], ours: Sequence[str], fits: Callable[[str, Sequence[str]], bool]
+    wanted: Sequence[str], ours: Sequence[str], fits: Callable[[str, Sequence[str]], bool], *, parts: bool
 ) -> tuple[dict[str, str], list[tuple[str, list[str]]]]:
     """For each stem among the wanted names, the base's that it means, and those which may mean several.
 
@@ -125,7 +137,10 @@ def settle(
         if fits(stem, rests):
             mapping[stem] = stem
             continue
-        found = next((some for group in candidates(stem, ours) if (some := [o for o in group if fits(o, rests)])), [])
+        found = next(
+            (some for group in candidates(stem, ours, parts=parts) if (some := [o for o in group if fits(o, rests)])),
+            [],
+        )
         if len(found) == 1:
             mapping[stem] = found[0]
         elif found:
