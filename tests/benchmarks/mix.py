@@ -147,7 +147,7 @@ def main() -> None:
     for kind, times in pairs.items():
         theirs, ours = (statistics.median(side) for side in zip(*times, strict=True))
         times_as_long = statistics.median(peft / mine for peft, mine in times)
-        print(f"  one layer's attention, PEFT {kind} {theirs:.2f} s, lorasmith {ours:.3f} s: {times_as_long:.0f} times")
+        print(f"  one layer's attention, PEFT {kind} {theirs:.2f} s, lorasmith {ours:.3f} s: {times_as_long:.2g} times")
 
 
 if __name__ == "__main__":
