@@ -156,8 +156,8 @@ class Reduced:
     def __init__(self, deltas: Sequence[Sequence[Pair]], shape: tuple[int, int], *, bases: bool = True) -> None:
         pairs = [pair for delta in deltas for pair in delta]
         step = max(shape) if bases else _CHUNK
-        self._left = _Basis([pair.left for pair in pairs], shape[0], step)
-        self._right = _Basis([pair.right for pair in pairs], shape[1], step)
+        self._left = _Basis([(pair.rank, pair.left) for pair in pairs], shape[0], step)
+        self._right = _Basis([(pair.rank, pair.right) for pair in pairs], shape[1], step)
         self.outputs: list[torch.Tensor] = []
         self.inputs: list[torch.Tensor] = []
         self.cores: list[torch.Tensor] = []
@@ -199,16 +199,15 @@ class _Basis:
     ``step`` rows at a time, each with the triangle of those before, it has the triangle in the end, but no Q.
     """
 
-    def __init__(self, matrices: Sequence[Rows], rows: int, step: int) -> None:
+    def __init__(self, matrices: Sequence[tuple[int, Rows]], rows: int, step: int) -> None:
         import torch
 
         self._rows = rows
         self.triangle = torch.empty(0, 0, dtype=torch.float64)
         squares = torch.zeros(0, dtype=torch.float64)
         for first in range(0, rows, step):
-            parts = [read(slice(first, min(rows, first + step))) for read in matrices]
-            stacked = torch.cat(parts, dim=1)
-            here = stacked.square().sum(dim=0)
+            stacked = _beside(matrices, slice(first, min(rows, first + step)))
+            here = torch.linalg.vector_norm(stacked, dim=0).square()
             squares = squares + here if first else here
             self._reflectors, self._tau = torch.geqrf(torch.cat([self.triangle, stacked]) if first else stacked)
             self.triangle = self._reflectors[: len(self._tau)].triu()
@@ -222,6 +221,18 @@ class _Basis:
         padded = torch.zeros(self._rows, small.shape[1], dtype=small.dtype)
         padded[: small.shape[0]] = small
         return torch.ormqr(self._reflectors[:, : len(self._tau)], self._tau, padded)
+
+
+def _beside(matrices: Sequence[tuple[int, Rows]], rows: slice) -> torch.Tensor:
+    """Some rows of matrices, each of a number of columns, side by side; no two of them are held at once."""
+    import torch
+
+    stacked = torch.empty(rows.stop - rows.start, sum(width for width, _ in matrices), dtype=torch.float64)
+    first = 0
+    for width, read in matrices:
+        stacked[:, first : first + width] = read(rows)
+        first += width
+    return stacked
 
 
 @dataclass(frozen=True)
