@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,18 @@ class Adapter:
     def tensor_count(self) -> int:
         """All tensors of the file: every one is in a delta or ignored."""
         return sum(len(one.tensors) for one in self.deltas) + len(self.ignored)
+
+
+def spans(deltas: Sequence[Delta]) -> tuple[tuple[int, int], tuple[float, float]]:
+    """The smallest and the largest rank and scale of deltas; of those that have a rank, if any have."""
+    low = [delta for delta in deltas if delta.rank] or deltas
+    ranks, scales = [delta.rank for delta in low], [delta.scale for delta in low]
+    return (min(ranks), max(ranks)), (min(scales), max(scales))
+
+
+def short(name: str) -> str:
+    """What a model is called, without whose it is or where it lies."""
+    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def digest(header: Header) -> str:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from lorasmith import __version__
+from lorasmith.adapter import Adapter
 from lorasmith.dtypes import NAMES, itemsize, torch_dtype
 from lorasmith.errors import NotFinite
 from lorasmith.execution.workplace import claim
+from lorasmith.formats import read_adapter
 from lorasmith.formats.writing import Site, longest_config
 from lorasmith.growingfile import GrowingFile
 from lorasmith.records import Output, SideFile
@@ -176,7 +182,7 @@ def open_spot(
             raise
         return
     inside = is_file(out)
-    with claim(out, overwrite=overwrite) as place:
+    with claim(out, overwrite=overwrite, resumes=False) as place:
         place.begin(_Undertaking(digest, tuple(inputs), inside))
 
         def finish(config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -189,6 +195,23 @@ def open_spot(
         yield None if place.published else Spot(place.path(WEIGHTS), inside, finish)
         if place.published:
             place.remove()
+
+
+def kept(path: str) -> Adapter:
+    """The adapter in a temporary file, which goes when the adapter does."""
+    adapter = read_adapter(path)
+    weakref.finalize(adapter, shutil.rmtree, os.path.dirname(path), ignore_errors=True)
+    return adapter
+
+
+def record_of(**facts: Any) -> dict[str, Any]:
+    """What makes a result what it is, with the versions that made it: no paths, no times."""
+    return {"lorasmith": __version__, "torch": importlib.metadata.version("torch"), **facts}
+
+
+def digest_of(facts: Mapping[str, Any]) -> str:
+    """The SHA-256 of a record or a config."""
+    return hashlib.sha256(dumped(facts).encode()).hexdigest()
 
 
 def dumped(facts: Mapping[str, Any]) -> str:

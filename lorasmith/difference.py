@@ -13,20 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lorasmith import rows
 from lorasmith.checkpoint import Checkpoint
-from lorasmith.deltas.low_rank import read_tensor
-from lorasmith.dtypes import FLOATS, itemsize, torch_dtype
+from lorasmith.dtypes import FLOATS
 from lorasmith.errors import AdapterMismatch, NotFinite, Unsupported, listed
 from lorasmith.naming.conversions import Made, runtime_names, steps_of
 from lorasmith.naming.ties import EMBEDDINGS, HEADS, gain, layer
-from lorasmith.safefile import Reader, TensorEntry, equal_bytes
+from lorasmith.safefile import TensorEntry, equal_bytes
 from lorasmith.structure import Structure, open_structure
 
 if TYPE_CHECKING:
     import torch
-
-_ELEMENTS = 1 << 19
-"""Elements of a block of rows."""
 
 _LEFT_OVER = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias|num_batches_tracked)$")
 """Buffers that transformers once saved with a model and makes anew on loading; counters that nothing computes with."""
@@ -243,14 +240,16 @@ def is_changed(pair: Pair) -> bool:
         return _is_other_integers(pair)
     if pair.resized:
         for entry in (pair.old, pair.new):
-            if [block for (block,) in _blocks(entry) if not _is_finite(entry, block)]:
+            if [block for _, (block,) in rows.walk(entry) if not _is_finite(entry, block)]:
                 raise _not_finite(entry)
         return True
     changed = False
     infinite: list[TensorEntry] = []
-    for old, new in _blocks(pair.old, pair.new):
+    for _, (old, new) in rows.walk(pair.old, pair.new):
         changed = changed or not bool((new == old.to(new.dtype)).all())
         infinite += [entry for entry, block in ((pair.old, old), (pair.new, new)) if not _is_finite(entry, block)]
+        if pair.new in infinite and not bool((new.isfinite() | ~old.isfinite()).all()):
+            raise _not_finite(pair.new)  # the base's dtype holds what the tuned one's does not
     if changed and infinite:
         raise _not_finite(infinite[0])
     return changed
@@ -280,40 +279,16 @@ def _not_finite(entry: TensorEntry) -> NotFinite:
     )
 
 
-def _blocks(*entries: TensorEntry) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same rows of tensors of one shape, as stored, one block after the other."""
-    import torch
-
-    rows, columns = entries[0].matrix
-    height = max(1, _ELEMENTS // max(1, columns))
-    readers = [Reader(entry.file) for entry in entries]
-    try:
-        for first in range(0, rows, height):
-            count = min(height, rows - first)
-            found = []
-            for entry, reader in zip(entries, readers, strict=True):
-                block = torch.empty(count, columns, dtype=torch_dtype(entry.dtype))
-                read_tensor(reader, block, entry.start + first * columns * itemsize(entry.dtype))
-                found.append(block)
-            yield tuple(found)
-    finally:
-        for reader in readers:
-            reader.close()
-
-
 def walk(pair: Pair, device: str) -> Callable[[], Iterator[tuple[slice, torch.Tensor]]]:
     """What gives rows of TUNED − BASE in float64 on a device, block after block, each time it is called."""
 
     def blocks() -> Iterator[tuple[slice, torch.Tensor]]:
-        first = 0
-        for old, new in _blocks(pair.old, pair.new):
-            rows = slice(first, first + len(new))
-            yield rows, new.to(device).double().sub_(old.to(device))
-            first = rows.stop
+        for span, (old, new) in rows.walk(pair.old, pair.new):
+            yield span, new.to(device).double().sub_(old.to(device))
 
     return blocks
 
 
 def norm_of(entry: TensorEntry) -> float:
     """The Frobenius norm of a stored tensor."""
-    return math.sqrt(math.fsum(float(block.double().square().sum()) for (block,) in _blocks(entry)))
+    return math.sqrt(math.fsum(float(block.double().square().sum()) for _, (block,) in rows.walk(entry)))

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import math
 import os
-import shutil
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorasmith import __version__
-from lorasmith.adapter import Adapter
-from lorasmith.adapterfile import AdapterFile, Spot, dumped, is_file, open_spot
+from lorasmith.adapterfile import AdapterFile, Spot, digest_of, dumped, is_file, kept, open_spot, record_of
 from lorasmith.arguments import Path
 from lorasmith.checkpoint import TOKENIZER_FILES, Checkpoint
 from lorasmith.difference import Paired, divided, is_changed, norm_of, pair_up, walk
 from lorasmith.dtypes import BY_OPTION, NAMES, itemsize, torch_dtype
-from lorasmith.errors import AdapterMismatch, BadOption, Unsupported
+from lorasmith.errors import AdapterMismatch, BadOption, NotFinite, Unsupported
 from lorasmith.execution import default_threads
 from lorasmith.execution.destination import check_output
 from lorasmith.execution.device import resolve
 from lorasmith.execution.peak import peak_memory
 from lorasmith.execution.torchthreads import in_order
-from lorasmith.formats import read_adapter
 from lorasmith.formats.writing import config_of
 from lorasmith.lowrank import Criterion
 from lorasmith.records import Progress, SideFile
@@ -85,11 +78,10 @@ def extract(
     if dry_run:
         return _report(job, run, [made.facts for made in _made(job, run)])
     stamps = [shard.stamp for model in models for shard in model.shards]
-    digest = hashlib.sha256(dumped(job.record).encode()).hexdigest()
-    with open_spot(place, digest, stamps, overwrite=overwrite, beside=_tokenizer(*models)) as spot:
+    with open_spot(place, digest_of(job.record), stamps, overwrite=overwrite, beside=_tokenizer(*models)) as spot:
         size, facts = (0, [made.facts for made in _made(job, run)]) if spot is None else _write(job, run, spot)
     report = _report(job, run, facts, place, size)
-    return replace(report, adapter=_kept(spot.path)) if place is None and spot is not None else report
+    return replace(report, adapter=kept(spot.path)) if place is None and spot is not None else report
 
 
 @dataclass(frozen=True)
@@ -160,16 +152,14 @@ def _job(base: Checkpoint, tuned: Checkpoint, run: _Run, embeddings: str) -> _Jo
         raise Unsupported(
             f"{tuned.path} has no linear layer or convolution for a LoRA to be on, and PEFT loads none without"
         )
-    record = {
-        "lorasmith": __version__,
-        "torch": importlib.metadata.version("torch"),
-        "criterion": _given(run.criterion),
-        "dtype": NAMES[run.code],
-        "device": run.device,
-        "embeddings": embeddings,
-        "base": [shard.sha256 for shard in base.shards],
-        "tuned": [shard.sha256 for shard in tuned.shards],
-    }
+    record = record_of(
+        criterion=run.criterion.facts,
+        dtype=NAMES[run.code],
+        device=run.device,
+        embeddings=embeddings,
+        base=[shard.sha256 for shard in base.shards],
+        tuned=[shard.sha256 for shard in tuned.shards],
+    )
     return _Job(base, tuned, paired, changed, tuning, record, compared)
 
 
@@ -182,17 +172,6 @@ def _changed(paired: Paired, run: _Run, compared: int) -> Iterator[str]:
         run.tell(done, 2 * compared)
         if changed:
             yield pair.name
-
-
-def _given(criterion: Criterion) -> dict[str, float]:
-    return {name: getattr(criterion, name) for name in criterion.given}
-
-
-def _kept(path: str) -> Adapter:
-    """The adapter in a temporary file, which goes when the adapter does."""
-    adapter = read_adapter(path)
-    weakref.finalize(adapter, shutil.rmtree, os.path.dirname(path), ignore_errors=True)
-    return adapter
 
 
 # ------------------------------------------------------------------------------------------- making and writing
@@ -214,6 +193,10 @@ def _factors(low: Low, run: _Run) -> _Made:
     """Approximate one change, round the factors, and measure what they lack."""
     blocks = walk(low.pair, run.device)
     found = approximate(blocks, low.pair.old.matrix, run.criterion)
+    if not found.norm2:
+        raise NotFinite(
+            f"{low.pair.name!r} has changed by less than float64 can square; no adapter can be made of that"
+        )
     dtype = torch_dtype(run.code)
     left, right = found.left.to(dtype), found.right.to(dtype)
     error = math.sqrt(_missing(blocks(), left.double(), right.double()) / found.norm2)
@@ -324,7 +307,7 @@ def _report(
         out=out,
         base=job.base.path,
         tuned=job.tuned.path,
-        criterion=_given(run.criterion),
+        criterion=run.criterion.facts,
         dtype=NAMES[run.code],
         device=run.device,
         rank=(min(ranks, default=0), max(ranks, default=0)),

@@ -74,6 +74,11 @@ class Criterion:
         """Names of what is set."""
         return tuple(name for name in self.__dataclass_fields__ if getattr(self, name) is not None)
 
+    @property
+    def facts(self) -> dict[str, float]:
+        """What is set, by name."""
+        return {name: getattr(self, name) for name in self.given}
+
     def __bool__(self) -> bool:
         return bool(self.given)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A mix with all that was decided beforehand: the ranks that a budget gives, its record.
+    """A mix with all that was decided beforehand: the ranks that a budget gives, its record, its factors' dtype.
 
     ``verbatim`` says that it is one adapter as it is. ``progress`` is told how far it is.
     """
@@ -37,6 +37,7 @@ class Job:
     ranks: Mapping[str, int]
     record: Mapping[str, Any]
     threads: int
+    code: str
     verbatim: bool = False
     progress: Callable[[Progress], None] | None = None
 
@@ -211,7 +212,7 @@ def _weighed(whole: Whole) -> Iterator[memoryview]:
         yield total.view(-1).view(torch.uint8).numpy().data
 
 
-_CHANGED = ("use_bdlora", "lora_bias", "lora_B_layout", "auto_mapping")
+_CHANGED = ("use_bdlora", "lora_bias", "lora_B_layout")
 """Keys that say how factors are stored, which new ones are not."""
 
 
@@ -229,10 +230,10 @@ def _config(mixture: Mixture, ranks: Mapping[str, int], alphas: Mapping[str, flo
     )
     if len(adapters) > 1:
         return config
-    return {
-        **{key: value for key, value in adapters[0].config.items() if key not in _CHANGED},
-        **config,
-    }
+    own = {key: value for key, value in adapters[0].config.items() if key not in _CHANGED}
+    if isinstance(mapping := own.get("auto_mapping"), Mapping):  # in which Unsloth says how it stores experts
+        own["auto_mapping"] = {key: value for key, value in mapping.items() if key != "unsloth_fixed"}
+    return {**own, **config}
 
 
 # ----------------------------------------------------------------------------------------- one adapter as it is

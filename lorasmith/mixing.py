@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import math
 import os
-import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lorasmith import __version__, pushing
+from lorasmith import pushing
 from lorasmith.adapter import Adapter
-from lorasmith.adapterfile import dumped, is_file, open_spot
+from lorasmith.adapterfile import digest_of, is_file, kept, open_spot, record_of
 from lorasmith.arguments import AdapterArguments, Given, Path, Weighted, weigh_modules, weighted
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.combining import LINEAR, choose
@@ -28,7 +24,6 @@ from lorasmith.errors import BadOption, listed
 from lorasmith.execution import default_threads
 from lorasmith.execution.destination import check_output
 from lorasmith.execution.torchthreads import in_order
-from lorasmith.formats import read_adapter
 from lorasmith.hub.writing import check_writable
 from lorasmith.lowrank import Criterion, allocate
 from lorasmith.mixfile import Job, write
@@ -151,7 +146,7 @@ def interference(adapters: AdapterArguments) -> tuple[Interference, ...]:
 
     Only products count, of DoRA its direction; no base is needed.
     """
-    sources = Sources(None, None)
+    sources = Sources()
     pairs = [(sources.read_adapter(one.given), one.weight) for one in weighted(adapters)]
     low = [
         (replace(adapter, deltas=tuple(one for one in adapter.deltas if one.delta.low_rank())), weight)
@@ -222,10 +217,7 @@ def _mix(
     base: Path | None = None,
 ) -> MixReport:
     started = time.monotonic()
-    if run.dtype != "keep" and run.dtype not in BY_OPTION:
-        raise BadOption(f"dtype {run.dtype!r} is not one of keep, {', '.join(BY_OPTION)}")
-    if run.threads is not None and run.threads < 1:
-        raise BadOption(f"threads must be at least 1, not {run.threads}")
+    _require_valid(run)
     preferred = _preferred(given, prefer)
     for one in given:
         sources.require(one.path)
@@ -244,17 +236,24 @@ def _mix(
         refuse_residual(adapters)
     mixture = gather(_directions(pairs) if verbatim else pairs, request.method, prefer=preferred, base=checkpoint)
     _require_possible(mixture, request)
-    request = replace(request, code=_code(mixture, request, run.dtype, verbatim=verbatim))
+    request = replace(request, code="F32" if verbatim else _code(mixture, request, run.dtype))
     job = _job(mixture, request, run, _record(mixture, request, patterns, checkpoint, run.dtype), verbatim=verbatim)
     stamps = [adapter.stamp for adapter in adapters] + [
         shard.stamp for shard in (checkpoint.shards if checkpoint else ())
     ]
     if run.dry_run:
         return report_mix(job, write(job, None)[1], None, started)
-    with open_spot(out, _digest(job.record), stamps, overwrite=run.overwrite) as spot:
+    with open_spot(out, digest_of(job.record), stamps, overwrite=run.overwrite) as spot:
         size, made = write(job, spot)
     report = report_mix(job, made, out, started, size)
-    return replace(report, adapter=_kept(spot.path)) if out is None and spot is not None else report
+    return replace(report, adapter=kept(spot.path)) if out is None and spot is not None else report
+
+
+def _require_valid(run: _Run) -> None:
+    if run.dtype != "keep" and run.dtype not in BY_OPTION:
+        raise BadOption(f"dtype {run.dtype!r} is not one of keep, {', '.join(BY_OPTION)}")
+    if run.threads is not None and run.threads < 1:
+        raise BadOption(f"threads must be at least 1, not {run.threads}")
 
 
 def _preferred(given: Sequence[Weighted], prefer: str | None) -> int | None:
@@ -297,13 +296,17 @@ def _job(mixture: Mixture, request: Request, run: _Run, record: Mapping[str, Any
         found = in_order(lambda module: singular_values(module, request), jobs, threads)
         spectra = {module.name: (values, sum(module.site.shape)) for module, values in zip(jobs, found, strict=True)}
         ranks = allocate(spectra, request.criterion.params)
-    return Job(mixture, request, ranks, record, threads, verbatim, run.progress)
+    code = _stored_code(mixture) if verbatim else request.code
+    return Job(mixture, request, ranks, record, threads, code, verbatim, run.progress)
 
 
-def _code(mixture: Mixture, request: Request, dtype: str, *, verbatim: bool) -> str:
+def _stored_code(mixture: Mixture) -> str:
+    """The format code that the factors have already."""
+    return next(entry.dtype for module in mixture.modules for entry in module.parts[0].delta.entries)
+
+
+def _code(mixture: Mixture, request: Request, dtype: str) -> str:
     """The format code of the factors: float32, unless all stay what they are in the dtype that they are stored in."""
-    if verbatim:
-        return next(entry.dtype for module in mixture.modules for entry in module.parts[0].delta.entries)
     if dtype != "keep":
         return BY_OPTION[dtype]
     if request.criterion or not request.method.is_linear or any(module.biases for module in mixture.modules):
@@ -328,34 +331,21 @@ def _record(
     mixture: Mixture, request: Request, patterns: Sequence[str], base: Checkpoint | None, dtype: str
 ) -> dict[str, Any]:
     """What makes the result what it is: no paths, no times."""
-    facts: dict[str, Any] = {
-        "lorasmith": __version__,
-        "torch": importlib.metadata.version("torch"),
-        "method": asdict(request.method),
-        "criterion": {name: getattr(request.criterion, name) for name in request.criterion.given},
-        "balance": request.balance,
-        "weights": list(patterns),
-        "dtype": dtype,
-        "adapters": [
+    facts = record_of(
+        method=asdict(request.method),
+        criterion=request.criterion.facts,
+        balance=request.balance,
+        weights=list(patterns),
+        dtype=dtype,
+        adapters=[
             {
                 "weight": weight,
                 "sha256": adapter.sha256,
-                "config": _digest(adapter.config),
+                "config": digest_of(adapter.config),
                 **origin_facts("", adapter.origin),
             }
             for adapter, weight in mixture.adapters
         ],
-        "whole": {whole.name: whole.adapter for whole in mixture.wholes},
-    }
+        whole={whole.name: whole.adapter for whole in mixture.wholes},
+    )
     return facts if base is None else {**facts, "base": [shard.sha256 for shard in base.shards]}
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(dumped(record).encode()).hexdigest()
-
-
-def _kept(path: str) -> Adapter:
-    """The adapter in a temporary file, which goes when the adapter does."""
-    adapter = read_adapter(path)
-    weakref.finalize(adapter, shutil.rmtree, os.path.dirname(path), ignore_errors=True)
-    return adapter

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from lorasmith.adapter import spans
 from lorasmith.crosstalk import summed
 from lorasmith.dtypes import NAMES
 from lorasmith.execution.peak import peak_memory
@@ -27,7 +28,7 @@ def report_mix(job: Job, made: Sequence[Made], out: str | None, started: float, 
         out=out,
         adapters=tuple(_use(mixture, position, facts) for position in range(len(mixture.adapters))),
         method=asdict(job.request.method),
-        dtype=NAMES[job.request.code],
+        dtype=NAMES[job.code],
         rank_in=(min(ranks_in, default=0), max(ranks_in, default=0)),
         rank=(min(ranks, default=0), max(ranks, default=0)),
         params=sum(one.rank_out * sum(one.shape) for one in facts),
@@ -48,7 +49,7 @@ def report_mix(job: Job, made: Sequence[Made], out: str | None, started: float, 
 def _use(mixture: Mixture, position: int, facts: Sequence[MixedModule]) -> MixedAdapter:
     adapter, weight = mixture.adapters[position]
     deltas = [one.delta for one in adapter.deltas]
-    low = [delta for delta in deltas if delta.rank] or deltas
+    rank, scale = spans(deltas)
     own = [(one.norms[position], one.energies[position]) for one in facts]
     squares = [(norm**2, energy) for norm, energy in own if norm is not None and energy is not None]
     total = math.fsum(square for square, _ in squares)
@@ -58,8 +59,8 @@ def _use(mixture: Mixture, position: int, facts: Sequence[MixedModule]) -> Mixed
         sha256=adapter.sha256,
         names_base=adapter.names_base,
         kinds=tuple(sorted({delta.kind for delta in deltas})),
-        rank=(min(delta.rank for delta in low), max(delta.rank for delta in low)),
-        scale=(min(delta.scale for delta in low), max(delta.scale for delta in low)),
+        rank=rank,
+        scale=scale,
         scale_assumed=adapter.scale_assumed,
         modules=len({one.module for one in adapter.deltas}),
         energy=math.fsum(square * energy for square, energy in squares) / total if total else None,

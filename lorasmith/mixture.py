@@ -7,14 +7,13 @@ rows of tokens
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorasmith import planning
-from lorasmith.adapter import Adapter, ModuleDelta
+from lorasmith.adapter import Adapter, ModuleDelta, short
 from lorasmith.assembly import Bound
+from lorasmith.binding import bind
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.combining import LINEAR, Method
 from lorasmith.combining.combined import Combined, Source, draw_name
@@ -124,7 +123,7 @@ def gather(adapters: Weighted, method: Method, *, prefer: int | None = None, bas
 
 def _require_one_base(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters that name different bases: their modules are alike by accident."""
-    named = {_short(one.names_base): one for one in adapters if one.names_base}
+    named = {short(one.names_base): one for one in adapters if one.names_base}
     if len(named) > 1:
         (first, one), (second, other) = list(named.items())[:2]
         raise AdapterMismatch(
@@ -133,16 +132,12 @@ def _require_one_base(adapters: Sequence[Adapter]) -> None:
         )
 
 
-def _short(name: str) -> str:
-    return os.path.basename(name.rstrip("/")).lower()
-
-
 def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound]:
     """Every delta on the base's tensor, by the delta's identity; none without a base."""
     if base is None:
         return {}
     structure = open_structure(base, [adapter for adapter, _ in adapters], None)
-    bindings = [planning.bind(base, structure, adapter, planning.Options()) for adapter, _ in adapters]
+    bindings = [bind(base, structure, adapter) for adapter, _ in adapters]
     found = {id(one.source): one for binding in bindings for one in binding.bound if one.is_whole}
     names: dict[str, tuple[str, str]] = {}
     for adapter, _ in adapters:
@@ -324,7 +319,7 @@ def _warnings(adapters: Weighted, modules: Sequence[Module]) -> Iterator[str]:
         if weight == 0:
             yield f"{adapter.path} has weight 0 and is not in the mix"
     full = {one.names_base.rstrip("/"): None for one, _ in adapters if one.names_base}
-    if len(full) > len({_short(name) for name in full}):
+    if len(full) > len({short(name) for name in full}):
         yield f"the adapters name different bases ({listed(list(full))}); if these are not one model, nothing fits"
     names: dict[str, str] = {}
     for module in modules:

@@ -1,6 +1,6 @@
 """Headers and matched adapters in, a Plan out: everything is decided and refused here, before a byte is written.
 
-    1. every delta finds its tensor and is turned the way that is stored               (structure, naming, placing)
+    1. every delta finds its tensor and is turned the way that is stored               (structure, binding)
     2. deltas of one tensor are gathered; what cannot be right is refused              (assembly)
     3. tensors are laid out into files, each byte of which gets one step               (layout)
     4. side files, provenance and the hash                                             (sidefiles, recipe)
@@ -15,34 +15,25 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
-from lorasmith import layout, naming
-from lorasmith.adapter import Adapter, ModuleDelta
-from lorasmith.assembly import Assembly, Bound, Slot, assemble
+from lorasmith import layout
+from lorasmith.adapter import Adapter, short, spans
+from lorasmith.assembly import Assembly, Slot, assemble
+from lorasmith.binding import Binding, bind
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.combining import LINEAR, Method
 from lorasmith.combining.combined import combine_terms
 from lorasmith.deltas import Delta
-from lorasmith.deltas.experts import Stacked
-from lorasmith.deltas.replacement import Replacement
-from lorasmith.deltas.token_rows import TokenRows
-from lorasmith.dtypes import BY_OPTION, FLOATS
-from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
-from lorasmith.naming.ties import EMBEDDINGS, HEADS, layer
-from lorasmith.placing import LAYOUTS, describe, laid_out, matrix, place, told_by_shape
+from lorasmith.dtypes import BY_OPTION
+from lorasmith.errors import BadOption, Unsupported, listed
+from lorasmith.placing import LAYOUTS
 from lorasmith.recipe import plan_hash, recipe
 from lorasmith.records import AdapterUse, Convert, Merge, Output, Plan, SideFile, TargetGroup
-from lorasmith.safefile import TensorEntry
 from lorasmith.sidefiles import PROVENANCE, side_files, written
-from lorasmith.structure import LABELS, Structure, open_structure
-
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
-CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
-"""transformers' ``Conv1D`` layers, which store their weight as (in, out)."""
+from lorasmith.structure import Structure, open_structure
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
             [adapter for adapter, _ in adapters], ", or use --base-is-residual if the base is the changed one"
         )
     structure = open_structure(checkpoint, [adapter for adapter, _ in adapters], options.architecture)
-    bindings = [bind(checkpoint, structure, adapter, options) for adapter, _ in adapters]
+    bindings = [_bound(checkpoint, structure, adapter, options) for adapter, _ in adapters]
     assembly = assemble(
         checkpoint, structure, adapters, [one.bound for one in bindings], [one.heads for one in bindings]
     )
@@ -142,6 +133,17 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         warnings=tuple(_warnings(checkpoint, adapters, uses)),
         hash=digest,
         base_origin=checkpoint.origin,
+    )
+
+
+def _bound(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, options: Options) -> Binding:
+    return bind(
+        checkpoint,
+        structure,
+        adapter,
+        renames=options.renames,
+        expert_layout=options.expert_layout,
+        allow_unmatched=options.allow_unmatched,
     )
 
 
@@ -207,185 +209,20 @@ def _count(checkpoint: Checkpoint, assembly: Assembly, outputs: Sequence[Output]
     return Counter(kind(entry.name) for entry in checkpoint.entries if entry.name not in assembly.dropped)
 
 
-# ------------------------------------------------------------------------------------ 1. deltas to base tensors
-
-
-@dataclass(frozen=True)
-class Binding:
-    """An adapter's deltas on the model's tensors, its new layers, and the names of tensors left out."""
-
-    bound: tuple[Bound, ...]
-    heads: tuple[ModuleDelta, ...]
-    tensors_used: int
-    unmatched: tuple[str, ...]
-    placed: Mapping[tuple[str, str], str]
-
-
-def bind(checkpoint: Checkpoint, structure: Structure, adapter: Adapter, options: Options) -> Binding:
-    """Find every delta of an adapter its tensor, and turn it the way that is stored."""
-    matched, left = naming.match(
-        adapter,
-        structure.tensors,
-        checkpoint,
-        renames=options.renames,
-        allow_unmatched=options.allow_unmatched,
-    )
-    heads = tuple(one for one in left if one.may_be_new)
-    grown = _grown(structure, matched)
-    bound: list[Bound] = []
-    turned = told_by_shape(matched)
-    for one in matched:
-        if one.view.is_stored and not isinstance(one.source.delta, Stacked):
-            bound.append(_bind_whole(checkpoint, adapter, one, grown))
-        else:
-            bound += _bind_parts(checkpoint, adapter, one, options.expert_layout, turned)
-    _require_distinct(adapter, bound)
-    used = [*(one.source for one in matched), *heads]
-    return Binding(
-        tuple(bound),
-        heads,
-        sum(len(one.tensors) for one in used) + len(adapter.ignored),
-        tuple(name for one in left if not one.may_be_new for name in one.tensors),
-        {(one.source.module, one.source.parameter): describe(one) for one in matched},
-    )
-
-
-def _require_distinct(adapter: Adapter, bound: Sequence[Bound]) -> None:
-    """Refuse two modules of one adapter for one tensor: they are layers of two models, or of two parts of one."""
-    modules: dict[str, str] = {}
-    for one in bound:
-        first = modules.setdefault(one.target.name, one.source.module) if one.is_whole else one.source.module
-        if first != one.source.module:
-            raise AdapterMismatch(
-                f"{adapter.path}: its modules {first!r} and {one.source.module!r} both fit {one.target.name!r}, "
-                "the only such layer of the base; the adapter was trained on a larger model, or --rename joins them"
-            )
-
-
-def _bind_whole(
-    checkpoint: Checkpoint, adapter: Adapter, match: naming.Match, grown: Mapping[str, TensorEntry]
-) -> Bound:
-    """A delta on a parameter that is a tensor of the base."""
-    delta = match.source.delta
-    flipped = not match.source.stored_as_base and _is_flipped(checkpoint, adapter, match)
-    if flipped:
-        delta = delta.transposed()
-    target = grown.get(match.target.name, match.target)
-    if isinstance(delta, TokenRows):
-        delta = _on(adapter, target, delta)
-    _require_fit(adapter, match, target, delta)
-    return Bound(match.target, match.source, delta, flipped)
-
-
-def _bind_parts(
-    checkpoint: Checkpoint, adapter: Adapter, match: naming.Match, layout: str | None, turned: bool | None
-) -> Iterator[Bound]:
-    """A delta on a parameter that is several tensors of the base, or a part of one."""
-    delta, name = match.source.delta, match.source.tensors[0]
-    if isinstance(delta, Stacked) and delta.count == 1 and len(match.view.shape) == 2:
-        delta = delta.expert(0)
-    rows, columns = matrix(match.view, delta)
-    if isinstance(delta, Stacked):
-        delta = laid_out(adapter, match, layout, checkpoint.config, turned)
-    if isinstance(delta, TokenRows):
-        delta = replace(delta, shape=(rows, delta.shape[1]))
-    if delta.shape != (rows, columns):
-        raise AdapterMismatch(
-            f"{adapter.path}: the delta for {match.source.module}.{match.source.parameter} has shape "
-            f"{list(delta.shape)} and what the base has for it {list(match.view.shape)} ({name}); the adapter was "
-            "trained on another model or size"
-        )
-    try:
-        for entry, part in place(match.view, delta):
-            _require_float(entry)
-            yield Bound(entry, match.source, part, is_whole=False)
-    except NotImplementedError as error:
-        raise Unsupported(
-            f"{adapter.path}: {name!r} would be divided between several weights, which cannot be done with {error}"
-        ) from None
-
-
-def _grown(structure: Structure, matched: Sequence[naming.Match]) -> dict[str, TensorEntry]:
-    """Embeddings and output heads, with their biases, that an adapter gives another number of rows, as it has them."""
-    grown: dict[str, TensorEntry] = {}
-    rows: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    for one in sorted(matched, key=lambda one: len(one.target.shape), reverse=True):
-        new, old = one.source.delta.entries[0], one.target
-        if not one.view.is_stored or not isinstance(one.source.delta, Replacement):
-            continue
-        if new.shape == old.shape or new.shape[1:] != old.shape[1:]:
-            continue
-        labels = one.source.may_be_new and LABELS.search(old.name)
-        tokens = layer(old.name) in EMBEDDINGS + HEADS or (old.shape[:1], new.shape[:1]) in rows
-        if not new.shape or not (labels or tokens):
-            continue
-        if labels:
-            grown[old.name] = replace(old, shape=new.shape)
-            continue
-        rows.add((old.shape[:1], new.shape[:1]))
-        for name in structure.group(old.name) if one.source.shared else (old.name,):
-            grown[name] = replace(old, name=name, shape=new.shape)
-    return grown
-
-
-def _on(adapter: Adapter, target: TensorEntry, delta: TokenRows) -> TokenRows:
-    """Token rows on the weight that they are rows of."""
-    rows = target.matrix[0]
-    beyond = [token for token in delta.tokens if token >= rows]
-    if beyond:
-        raise AdapterMismatch(
-            f"{adapter.path}: {delta.new.name!r} has a row for token {beyond[0]}, but {target.name!r} has only "
-            f"{rows}; the adapter was trained on a larger vocabulary: save it with save_embedding_layers=True"
-        )
-    return replace(delta, shape=(rows, delta.shape[1]))
-
-
-def _is_flipped(checkpoint: Checkpoint, adapter: Adapter, match: naming.Match) -> bool:
-    """Whether the base stores this weight as (in, out): by its shape, else by the layer's kind, else by the flag.
-
-    PEFT, too, corrects the flag by the layer's kind; it is the last word only on models that transformers doesn't have.
-    """
-    shape = match.target.matrix
-    if shape[0] != shape[1]:
-        return match.source.delta.shape == (shape[1], shape[0])
-    parts = [checkpoint.config, *(one for one in checkpoint.config.values() if isinstance(one, Mapping))]
-    if any(part.get("model_type") in CONV1D_MODELS for part in parts):
-        return match.source.module.rsplit(".", 1)[-1] in CONV1D_MODULES
-    foreign = "model_type" not in checkpoint.config or "auto_map" in checkpoint.config
-    return foreign and bool(adapter.fan_in_fan_out)
-
-
-def _require_fit(adapter: Adapter, match: naming.Match, target: TensorEntry, delta: Delta) -> None:
-    _require_float(target)
-    stored = delta.entries[0].shape
-    rows, columns = delta.shape
-    shape = (rows, columns // max(1, prod(stored[2:])), *stored[2:])[: len(stored)]
-    if shape != target.shape:
-        raise AdapterMismatch(
-            f"{adapter.path}: the delta for {target.name!r} has shape {list(shape)} and the base tensor "
-            f"{list(target.shape)} ({match.source.tensors[0]}); the adapter was trained on another model or size"
-        )
-
-
-def _require_float(target: TensorEntry) -> None:
-    if target.dtype not in FLOATS:
-        raise Unsupported(f"the base stores {target.name!r} as {target.dtype}, to which no delta can be added")
-
-
-# ---------------------------------------------------------------------------------------------- 3. what to tell
+# ------------------------------------------------------------------------------------------------ what to tell
 
 
 def _use(adapter: Adapter, weight: float, binding: Binding) -> AdapterUse:
     deltas = [*(one.delta for one in binding.bound), *(one.delta for one in binding.heads)]
-    low = [delta for delta in deltas if delta.rank] or deltas
+    rank, scale = spans(deltas)
     return AdapterUse(
         path=adapter.path,
         weight=weight,
         sha256=adapter.sha256,
         names_base=adapter.names_base,
         kinds=tuple(sorted({delta.kind for delta in deltas})),
-        rank=(min(delta.rank for delta in low), max(delta.rank for delta in low)),
-        scale=(min(delta.scale for delta in low), max(delta.scale for delta in low)),
+        rank=rank,
+        scale=scale,
         scale_assumed=adapter.scale_assumed,
         modules=len({one.source.module for one in binding.bound} | {one.module for one in binding.heads}),
         tensors=adapter.tensor_count,
@@ -431,7 +268,7 @@ def _warnings(
             yield f"{adapter.path} says nothing about alpha: its scale was taken to be 1"
         if weight == 0:
             yield f"{adapter.path} has weight 0 and changes nothing"
-        if adapter.names_base is not None and _short(adapter.names_base) not in known:
+        if adapter.names_base is not None and short(adapter.names_base) not in known:
             yield (
                 f"{adapter.path} says it was trained on {adapter.names_base!r}; this base is "
                 f"{sorted(known)[0]!r}. If that is the same model under another name, all is well"
@@ -441,15 +278,11 @@ def _warnings(
 def _base_names(checkpoint: Checkpoint) -> set[str]:
     """The names this base goes by: its folder's, its Hub cache's, its config's."""
     path = os.path.realpath(checkpoint.path)
-    names = {_short(os.path.abspath(checkpoint.path)), _short(path)}
+    names = {short(os.path.abspath(checkpoint.path)), short(path)}
     cached = re.search(r"models--[^/]*--([^/]+)/snapshots/", path.replace(os.sep, "/") + "/")
     if cached:
-        names = {_short(cached[1])}
+        names = {short(cached[1])}
     if checkpoint.origin is not None:
-        names = {_short(checkpoint.origin.repo)}
+        names = {short(checkpoint.origin.repo)}
     own = checkpoint.config.get("_name_or_path")
-    return names | ({_short(own)} if isinstance(own, str) and own else set())
-
-
-def _short(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+    return names | ({short(own)} if isinstance(own, str) and own else set())

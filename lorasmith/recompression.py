@@ -12,23 +12,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lorasmith import rows
 from lorasmith.combining import LINEAR, Method
 from lorasmith.combining.combined import Combined, Source, combined_core, factors, read_factor, shares_kept
 from lorasmith.crosstalk import compare
-from lorasmith.deltas.low_rank import Factor, read_tensor
+from lorasmith.deltas.low_rank import Factor
 from lorasmith.dtypes import itemsize, torch_dtype
-from lorasmith.errors import AdapterMismatch
+from lorasmith.errors import AdapterMismatch, NotFinite
 from lorasmith.lowrank import ROUNDING, Criterion, Pair, Reduced, balanced_bases, share_kept, spectrum
 from lorasmith.mixture import Module, Part
 from lorasmith.reports import MixedModule, ModuleInterference
-from lorasmith.safefile import Reader, TensorEntry
+from lorasmith.safefile import TensorEntry
 from lorasmith.sketching import approximate
 
 if TYPE_CHECKING:
     import torch
-
-_ELEMENTS = 1 << 19
-"""Elements of a block of a matrix that is walked over."""
 
 
 @dataclass(frozen=True)
@@ -176,11 +174,11 @@ def _concatenated(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     """All products beside one another: the exact sum, but for one rounding to float32 where a coefficient goes in."""
     import torch
 
-    rows, columns = module.site.shape
+    height, width = module.site.shape
     on_left = folds_left(module.site.shape)
     products = folded(module.parts)
     rank, first = sum(right.shape[0] for _, right, _ in products), 0
-    left, right = torch.empty(rows, rank), torch.empty(rank, columns)
+    left, right = torch.empty(height, rank), torch.empty(rank, width)
     for one, other, coefficient in products:
         last = first + other.shape[0]
         left[:, first:last] = read_factor(one) * (coefficient if on_left else 1.0)
@@ -191,10 +189,10 @@ def _concatenated(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _summed(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     """What PEFT's ``add_weighted_adapter`` makes with ``linear``: sums of factors, not of their products."""
-    rows, columns = module.site.shape
+    height, width = module.site.shape
     pairs = [pair for part in module.parts for pair in factors(((part.delta, 1.0),))]
-    left = _sums(module, [pair.left(slice(0, rows)) for pair in pairs])
-    right = _sums(module, [pair.right(slice(0, columns)) for pair in pairs], signed=True)
+    left = _sums(module, [pair.left(slice(0, height)) for pair in pairs])
+    right = _sums(module, [pair.right(slice(0, width)) for pair in pairs], signed=True)
     return left.float(), right.t().float()
 
 
@@ -262,10 +260,15 @@ def _approximated(module: Module, combined: Combined, request: Request, adapters
     opened = combined.open(torch.float32, lambda: walk(combined, module.entry))
 
     def blocks() -> Iterator[tuple[slice, torch.Tensor]]:
-        for rows, w0 in walk(combined, module.entry):
+        for span, w0 in walk(combined, module.entry):
             block = torch.zeros(w0.shape)
-            opened.add_to(block, w0, rows, 1.0)
-            yield rows, block
+            opened.add_to(block, w0, span, 1.0)
+            if not block.isfinite().all():
+                raise NotFinite(
+                    f"the change of {module.name} has a NaN or a number too large for float32; "
+                    + ("are the base's values what they should be?" if module.entry else "the weights are too large")
+                )
+            yield span, block
 
     found = approximate(blocks, combined.shape, request.criterion)
     norms, kept = shares_kept(combined, lambda: walk(combined, module.entry), found.left, found.right)
@@ -280,18 +283,9 @@ def walk(combined: Combined, entry: TensorEntry | None) -> Iterator[tuple[slice,
     """Rows of the tensor that a combination is on, in float32; zeros where it reads none."""
     import torch
 
-    rows, columns = combined.shape
-    height = max(1, _ELEMENTS // columns)
-    reader = None if entry is None else Reader(entry.file)
-    try:
-        for first in range(0, rows, height):
-            few = slice(first, min(rows, first + height))
-            if reader is None or entry is None:
-                yield few, torch.zeros(1, 1).expand(few.stop - few.start, columns)
-                continue
-            stored = torch.empty(few.stop - few.start, columns, dtype=torch_dtype(entry.dtype))
-            read_tensor(reader, stored, entry.start + few.start * columns * itemsize(entry.dtype))
-            yield few, stored.float()
-    finally:
-        if reader is not None:
-            reader.close()
+    if entry is None:
+        for span in rows.spans(combined.shape):
+            yield span, torch.zeros(1, 1).expand(span.stop - span.start, combined.shape[1])
+        return
+    for span, (stored,) in rows.walk(entry):
+        yield span, stored.float()

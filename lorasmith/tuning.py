@@ -17,12 +17,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from lorasmith.binding import CONV1D_MODELS, CONV1D_MODULES
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.difference import Pair, Paired
 from lorasmith.formats.peft import PREFIX
 from lorasmith.formats.writing import Site
 from lorasmith.naming.ties import EMBEDDINGS, layer
-from lorasmith.planning import CONV1D_MODELS, CONV1D_MODULES
 from lorasmith.safefile import TensorEntry
 
 _LOOKED_UP = re.compile(

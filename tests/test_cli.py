@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 
 import lorasmith
 from lorasmith.cli import commands
-from lorasmith.cli.output import _Log, size
+from lorasmith.cli.lines import size
+from lorasmith.cli.output import _Log
 from lorasmith.cli.parameters import Place, Size
 
 SCRIPT = os.path.join(sysconfig.get_path("scripts"), "lorasmith")

@@ -822,3 +822,14 @@ def test_a_tensor_that_a_running_model_divides_is_refused(tmp_path: Path) -> Non
     with pytest.raises(lorasmith.Unsupported, match=r"one tensor in the files and several layers"):
         lorasmith.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_infinity_that_the_tuned_dtype_has_made_is_named(tmp_path: Path) -> None:
+    base = bases()
+    base["model.norm.weight"] = torch.full_like(base["model.norm.weight"], 1e6)
+    write_base(tmp_path / "base", base)
+    tuned = {name: one.half() for name, one in base.items()}
+    tuned["model.layers.0.self_attn.q_proj.weight"] += 1
+    write_base(tmp_path / "tuned", tuned, dtype="float16")
+    with pytest.raises(lorasmith.NotFinite, match=r"model\.norm\.weight"):
+        lorasmith.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2)

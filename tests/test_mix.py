@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
@@ -92,6 +93,7 @@ def test_one_adapter_alone_keeps_its_factors_and_alpha_bit_for_bit(place: Any, f
         name: raw_bytes(one) for name, one in before.items()
     }
     assert config_of(out) == config_of(path)
+    assert lorasmith.mix(path, dry_run=True).error == 0
     zero = write(folder / "zero", Facts({"linear": 2}, 1.0, False, torch.float32, 1))
     lorasmith.mix([path, (zero, 0.0)], folder / "same")
     assert load_file(folder / "same" / "adapter_model.safetensors").keys() == before.keys()
@@ -629,3 +631,27 @@ def test_the_command_resizes(tmp_path: Path, pair: list[tuple[Path, float]]) -> 
     lost = run("resize", str(pair[0][0]), "-o", "none", cwd=tmp_path)
     assert lost.returncode == 2
     assert "--rank, --energy" in lost.stderr
+
+
+def test_an_output_where_nothing_can_be_made_is_one_clear_error(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("needs a file system without new folders")
+    done = run("mix", str(pair[0][0]), str(pair[1][0]), "-o", "/proc/lorasmith-mix", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot write beside /proc/lorasmith-mix" in done.stderr
+
+
+def test_a_mix_that_was_stopped_or_had_no_room_leaves_nothing(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
+    for failure, wanted in (
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "full"), lorasmith.NoSpace),
+    ):
+
+        def fail(_: lorasmith.Progress, failure: BaseException = failure) -> None:
+            raise failure
+
+        for out in ("out", "out.safetensors"):
+            with pytest.raises(wanted) as raised:
+                lorasmith.mix(pair, tmp_path / out, progress=fail)
+            assert os.listdir(tmp_path) == []
+    assert str(raised.value).endswith("make room and run the same command again")

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from families import MIXTURES, Kind
-from generate import Tensors
+from generate import Tensors, sha256
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_models import answers, draw, reloaded, tensors_of
 
 import lorasmith
+from lorasmith.combining.draws import drawn, key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -74,14 +75,39 @@ def test_every_expert_is_recompressed_for_itself(tmp_path: Path, name: str, opti
     exact = [expert_deltas(path, weight) for path, weight in parts]
     got = expert_deltas(tmp_path / "mixed", 1.0)
     if "method" in options:
+        require_rule(parts, exact, got, options)
         return
-    for key, delta in got.items():
-        want = exact[0][key] + exact[1][key]
-        (module,) = (one for one in experts if one.module == f"{key[0]}[{key[1]}]")
+    for place, delta in got.items():
+        want = exact[0][place] + exact[1][place]
+        (module,) = (one for one in experts if one.module == f"{place[0]}[{place[1]}]")
         values = torch.linalg.svdvals(want)
         gap = float((delta - want).norm() / want.norm())
         assert module.error == pytest.approx(gap, rel=1e-4, abs=1e-6)
         assert gap == pytest.approx(float(values[module.rank_out :].norm() / values.norm()), rel=1e-4, abs=1e-6)
+
+
+def require_rule(
+    parts: list[tuple[Path, float]],
+    exact: list[dict[tuple[str, int], torch.Tensor]],
+    got: dict[tuple[str, int], torch.Tensor],
+    options: dict[str, Any],
+) -> None:
+    """Of ``dare``, what is drawn of every expert's elements; of any rule, that experts stay apart."""
+    digests = [sha256(path / "adapter_model.safetensors") for path, _ in parts]
+    for (name, expert), delta in got.items():
+        deltas = [one[name, expert] for one in exact]
+        if options["method"] == "dare":
+            names = [key(0, digest, f"{name}[{expert}]") for digest in digests]
+            rows, columns = delta.shape
+            keep = [drawn(one, slice(0, rows), slice(0, columns), columns, 0.5) for one in names]
+            want = sum(2 * one.where(mask, 0.0) for one, mask in zip(deltas, keep, strict=True))
+            values = torch.linalg.svdvals(want)
+            gap = float((delta - want).norm() / want.norm())
+            assert gap == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-3)
+        else:
+            inputs = torch.linalg.svd(torch.cat(deltas))[2][:5]
+            assert float((delta - delta @ inputs.T @ inputs).norm()) < 1e-5 * float(delta.norm())
+            assert float(delta.norm()) > 0
 
 
 def expert_deltas(path: Path, weight: float) -> dict[tuple[str, int], torch.Tensor]:

@@ -327,3 +327,14 @@ def test_the_record_changes_with_the_scale(tmp_path: Path) -> None:
     (one / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 50}))
     lorasmith.mix([one, two], tmp_path / "b")
     assert (tmp_path / "a" / "lorasmith.json").read_text() != (tmp_path / "b" / "lorasmith.json").read_text()
+
+
+def test_a_base_with_a_nan_is_named(tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "base")
+    one = adapt(llama, tmp_path / "one", 1, **Q, use_dora=True)
+    with pytest.raises(lorasmith.NotFinite, match=r"layers\.1\.self_attn\.q_proj.*base's values"):
+        lorasmith.mix([(one, 0.5)], tmp_path / "out", base=tmp_path / "base", rank=4)
+    assert not (tmp_path / "out").exists()

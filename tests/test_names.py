@@ -369,7 +369,7 @@ def test_a_tower_s_adapter_does_not_fit_a_language_model_saved_without_its_head(
 def test_two_modules_that_fit_one_tensor_are_refused(tmp_path: Path) -> None:
     base = small_llama(tmp_path, "base")
     both = square_adapter(tmp_path / "both", "model.", "model.language_model.")
-    with pytest.raises(lorasmith.AdapterMismatch, match=r"both fit|have no weight|several"):
+    with pytest.raises(lorasmith.AdapterMismatch, match=r"both fit 'layers\.0"):
         lorasmith.merge(base, both, tmp_path / "out")
     one = square_adapter(tmp_path / "one", "model.")
     with pytest.raises(lorasmith.AdapterMismatch, match=r"both fit 'layers\.0"):

@@ -36,6 +36,9 @@ from lorasmith.rounding import Sample, summed
 
 _BLOCK = 1 << 20
 
+_ATTEMPTS = 1000
+"""How often the folder may vanish between two looks at it, because runs before this one end."""
+
 
 class Workplace:
     """The partial folder of one run, locked; made by ``claim``.
@@ -237,12 +240,12 @@ class Workplace:
 
 
 @contextlib.contextmanager
-def claim(out: str, *, overwrite: bool) -> Iterator[Workplace]:
+def claim(out: str, *, overwrite: bool, resumes: bool = True) -> Iterator[Workplace]:
     """Make and lock the partial folder of an output for the time of a ``with`` block.
 
     It is removed when the block fails by an error of lorasmith's own; a full disk, a failed read or write, and an
-    interruption leave it for the next run. Raises OutputBusy when another run holds it, and NoSpace or IOFailed for
-    what the system reports under way.
+    interruption leave it for the next run, unless that could take up nothing (``resumes``). Raises OutputBusy when
+    another run holds it, and NoSpace or IOFailed for what the system reports under way.
     """
     target = os.path.realpath(out)
     folder = partial_folder(target)
@@ -259,28 +262,27 @@ def claim(out: str, *, overwrite: bool) -> Iterator[Workplace]:
     try:
         yield place
     except LorasmithError as error:
-        if not error.may_pass:
+        if not (error.may_pass and resumes):
             place.remove()
         raise
     except OSError as error:
-        raise _as_ours(error, out) from error
-    except Exception:
-        place.remove()
+        if not resumes:
+            place.remove()
+        raise _as_ours(error, out, " to go on from here" if resumes else "") from error
+    except BaseException as error:
+        if isinstance(error, Exception) or not resumes:
+            place.remove()
         raise
     finally:
         journal.close()
         _remove_empty(os.path.dirname(folder), made)
 
 
-def _as_ours(error: OSError, out: str) -> NoSpace | IOFailed:
-    """An error of the system's, met while writing, as one of ours."""
+def _as_ours(error: OSError, out: str, what_for: str) -> NoSpace | IOFailed:
+    """An error of the system's, met while writing, as one of ours; ``what_for`` a rerun is good."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(
-            error.errno, f"the disk of {out} is full; make room and run the same command again to go on from here"
-        )
-    return IOFailed(
-        error.errno, f"writing {out} failed: {error.strerror}; run the same command again to go on from here"
-    )
+        return NoSpace(error.errno, f"the disk of {out} is full; make room and run the same command again{what_for}")
+    return IOFailed(error.errno, f"writing {out} failed: {error.strerror}; run the same command again{what_for}")
 
 
 def _lock(out: str, folder: str) -> int:
@@ -289,13 +291,15 @@ def _lock(out: str, folder: str) -> int:
         errno.EAGAIN, f"another run is writing {out} ({folder} is locked); wait for it, or choose another output"
     )
     path = os.path.join(folder, JOURNAL)
-    while True:
+    for attempt in range(_ATTEMPTS):
         if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(path):
             raise OutputExists(f"{folder} is in the way and was not made by lorasmith; move it elsewhere")
         try:
             os.makedirs(folder, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
         except FileNotFoundError:
+            if attempt == _ATTEMPTS - 1:  # nobody removes it: no folder can be made there
+                raise
             continue  # another run has just removed the folder
         except FileExistsError:
             raise OutputExists(f"{folder} is in the way and is not a folder; move it elsewhere") from None
@@ -307,6 +311,7 @@ def _lock(out: str, folder: str) -> int:
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(fd)):
             return fd
         os.close(fd)  # the run that held the lock has finished and taken the journal away
+    raise busy
 
 
 def _flock(fd: int) -> None:
