@@ -182,8 +182,8 @@ def choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) -> 
 def _no_weights(folder: str, names: list[str]) -> LorasmithError:
     if "adapter_config.json" in names:
         return BadFile(
-            f"{folder} is an adapter, not a base model; the base comes first: lorasmith merge BASE ADAPTER, or lorasmith "
-            "extract BASE TUNED"
+            f"{folder} is an adapter, not a base model; the base comes first: lorasmith merge BASE ADAPTER, or "
+            "lorasmith extract BASE TUNED"
         )
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     if pickles:
