@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith import __version__
 from lorasmith.adapter import Adapter
-from lorasmith.dtypes import NAMES, itemsize, torch_dtype
+from lorasmith.dtypes import NAMES, all_finite, itemsize, torch_dtype
 from lorasmith.errors import NotFinite
 from lorasmith.execution.workplace import claim
 from lorasmith.formats import read_adapter
@@ -94,7 +94,7 @@ class AdapterFile:
 
     def _append(self, name: str, tensor: torch.Tensor) -> None:
         rounded = tensor.to(torch_dtype(self._code))
-        if not rounded.isfinite().all():
+        if not all_finite(rounded):
             raise NotFinite(
                 f"tensor {name!r} overflows {NAMES[self._code]}: it has values up to {float(tensor.abs().max()):.6g}; "
                 f"use {'smaller weights' if self._code == 'F32' else '--dtype float32, or smaller weights'}"

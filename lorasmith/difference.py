@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lorasmith import rows
 from lorasmith.checkpoint import Checkpoint
-from lorasmith.dtypes import FLOATS
+from lorasmith.dtypes import FLOATS, all_finite
 from lorasmith.errors import AdapterMismatch, NotFinite, Unsupported, listed
 from lorasmith.naming.conversions import Made, runtime_names, steps_of
 from lorasmith.naming.ties import EMBEDDINGS, HEADS, gain, layer
@@ -266,7 +266,7 @@ def _is_other_integers(pair: Pair) -> bool:
 
 def _is_finite(entry: TensorEntry, block: torch.Tensor) -> bool:
     """Whether a block holds no infinity; NotFinite if it holds a NaN."""
-    finite = bool(block.isfinite().all())
+    finite = all_finite(block)
     if not finite and block.isnan().any():
         raise _not_finite(entry)
     return finite
@@ -284,7 +284,7 @@ def walk(pair: Pair, device: str) -> Callable[[], Iterator[tuple[slice, torch.Te
 
     def blocks() -> Iterator[tuple[slice, torch.Tensor]]:
         for span, (old, new) in rows.walk(pair.old, pair.new):
-            yield span, new.to(device).double().sub_(old.to(device))
+            yield span, new.to(device).double().sub_(old.to(device).double())  # two dtypes at once are slow
 
     return blocks
 

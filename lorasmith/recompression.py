@@ -17,7 +17,7 @@ from lorasmith.combining import LINEAR, Method
 from lorasmith.combining.combined import Combined, Source, combined_core, factors, read_factor, shares_kept
 from lorasmith.crosstalk import compare
 from lorasmith.deltas.low_rank import Factor
-from lorasmith.dtypes import itemsize, torch_dtype
+from lorasmith.dtypes import all_finite, itemsize, torch_dtype
 from lorasmith.errors import AdapterMismatch, NotFinite
 from lorasmith.lowrank import ROUNDING, Criterion, Pair, Reduced, balanced_bases, share_kept, spectrum
 from lorasmith.mixture import Module, Part
@@ -263,7 +263,7 @@ def _approximated(module: Module, combined: Combined, request: Request, adapters
         for span, w0 in walk(combined, module.entry):
             block = torch.zeros(w0.shape)
             opened.add_to(block, w0, span, 1.0)
-            if not block.isfinite().all():
+            if not all_finite(block):
                 raise NotFinite(
                     f"the change of {module.name} has a NaN or a number too large for float32; "
                     + ("are the base's values what they should be?" if module.entry else "the weights are too large")

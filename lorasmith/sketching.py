@@ -97,23 +97,24 @@ class _Streamed:
         import torch
 
         result = torch.empty(self.shape[0], right.shape[1], dtype=torch.float64)
-        self.norm2 = 0.0
+        norm2 = self.norm2
         for rows, block in self._blocks():
             wide = block.double()
             right = right.to(wide.device)
             result[rows] = (wide @ right).cpu()
-            self.norm2 += float(wide.square().sum())
+            if not norm2:
+                self.norm2 += float(wide.square().sum())
         return result
 
     def transposed_times(self, left: torch.Tensor) -> torch.Tensor:
         """``Dᵀ · left``."""
         import torch
 
-        result = torch.zeros(self.shape[1], left.shape[1], dtype=torch.float64)
+        result = torch.zeros(left.shape[1], self.shape[1], dtype=torch.float64)  # this way round takes half the time
         for rows, block in self._blocks():
             wide = block.double()
-            result = result.to(wide.device).addmm_(wide.t(), left[rows].to(wide.device))
-        return result.cpu()
+            result = result.to(wide.device).addmm_(left[rows].t().to(wide.device), wide)
+        return result.t().cpu()
 
     def dense(self) -> torch.Tensor:
         """``D``."""
