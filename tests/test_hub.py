@@ -516,6 +516,20 @@ def test_pull_downloads_what_will_be_used_and_the_card(hub: Hub, run: Run, made:
     assert "pulled exists already" in done.stderr
 
 
+def test_a_model_that_lacks_a_shard_is_not_pulled(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "base", tmp_path / "part")
+    (tmp_path / "part" / "model-00002-of-00003.safetensors").unlink()
+    hub.add("me/part", tmp_path / "part")
+    done = run("pull", "me/part", "-o", "pulled", code=1)
+    assert re.fullmatch(
+        r"Error: me/part@\w+/model.safetensors.index.json names 1 of 3 shards that are not there: "
+        r"model-00002-of-00003.safetensors; .*\n",
+        done.stderr,
+    )
+    assert whole(hub, r"/me/part/resolve/.*safetensors$") == []
+    assert sorted(os.listdir(tmp_path)) == ["home", "part"]
+
+
 def test_pull_takes_an_adapter_out_of_a_sub_folder(hub: Hub, at: dict[str, str], made: Path, tmp_path: Path) -> None:
     for name in ("style", "facts"):
         shutil.copytree(made / "lora", tmp_path / "many" / name)

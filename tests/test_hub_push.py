@@ -573,6 +573,14 @@ def test_push_sends_a_model_and_nothing_beside_it(hub: Hub, run: Run, made: Path
     assert on_disk(tmp_path / "pulled") == on_disk(made / "merged")
 
 
+def test_a_model_that_lacks_a_shard_is_not_pushed(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "merged", tmp_path / "merged")
+    shards(tmp_path / "merged")[2].unlink()
+    done = run("push", "merged", "me/merged", code=1, token=WRITER)
+    assert "names 1 of 8 shards that are not there" in done.stderr
+    assert "me/merged" not in hub.repositories
+
+
 def test_push_sends_an_adapter_with_its_own_card(hub: Hub, at: dict[str, str], made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "lora", tmp_path / "lora")
     (tmp_path / "lora" / "README.md").write_text("---\nlicense: mit\n---\nTrained on cats.\n")
