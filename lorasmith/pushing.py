@@ -48,7 +48,7 @@ SENT = "sent"
 """The file in which an upload notes what was sent."""
 
 WEIGHTS = re.compile(r"(.*/)?((.+\.safetensors|pytorch_model.*\.bin|adapter_model\.bin)(\.index\.json)?)")
-"""Weights that transformers or PEFT would load; those that an earlier push left are in the way of others."""
+"""Weights that transformers or PEFT would load; those that an earlier push of a model left are in another's way."""
 
 
 def target(
@@ -213,10 +213,21 @@ def _noted(file: str, heading: Mapping[str, object]) -> Iterator[tuple[str, int,
 
 
 def left_overs(there: Collection[str], names: Collection[str]) -> list[Operation]:
-    """Deletions of weights that would be loaded instead of, or beside, those that are pushed."""
-    if not any(WEIGHTS.fullmatch(name) for name in names):
+    """Deletions of what would be loaded instead of, or beside, the weights that are pushed; none for a bare file.
+
+    transformers takes a repository with the config of an adapter for that adapter, whatever weights it has besides.
+    """
+    content = {name for name in names if name != CARD}
+    if len(content) < 2 or not any(WEIGHTS.fullmatch(name) for name in names):
         return []
-    return [deletion_of(name) for name in there if WEIGHTS.fullmatch(name) and name not in names and "/" not in name]
+    is_adapter = any(name in names for name in (*ADAPTER_FILES, ADAPTER_CONFIG))
+
+    def is_in_the_way(name: str) -> bool:
+        if is_adapter:
+            return name in ADAPTER_FILES
+        return name == ADAPTER_CONFIG or (WEIGHTS.fullmatch(name) is not None and "/" not in name)
+
+    return [deletion_of(name) for name in there if name not in names and is_in_the_way(name)]
 
 
 def untouched(plan: Plan) -> dict[str, str]:

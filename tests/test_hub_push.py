@@ -194,6 +194,41 @@ def test_weights_that_would_be_loaded_instead_are_removed_and_all_else_stays(
     assert pushed(hub).keys() == on_disk(made / "merged").keys() | kept
 
 
+def test_a_model_takes_the_place_of_the_adapter_that_a_repository_was_for(
+    hub: Hub, at: dict[str, str], made: Path, tmp_path: Path, home: Path
+) -> None:
+    shutil.copytree(made / "lora", tmp_path / "lora")
+    facts = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    write_json(tmp_path / "lora" / "adapter_config.json", {**facts, "base_model_name_or_path": "org/base"})
+    hub.add("me/lora", tmp_path / "lora")
+    lorasmith.merge("org/base", "me/lora", push="me/lora", **at)
+    assert pushed(hub, "me/lora").keys() == on_disk(made / "merged").keys()
+    lorasmith.push(made / "merged", "me/lora", **at)
+    code = "import transformers as t; print(type(t.AutoModelForCausalLM.from_pretrained('me/lora')))"
+    subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200,
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "theirs"), "HF_TOKEN": WRITER},
+    )  # fmt: skip
+
+
+def test_an_adapter_or_a_bare_file_takes_nothing_else_away(
+    hub: Hub, at: dict[str, str], made: Path, tmp_path: Path
+) -> None:
+    model = on_disk(made / "merged").keys()
+    hub.add("me/all", made / "merged")
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(made / "lora" / "adapter_config.json", tmp_path / "pickled")
+    torch.save({}, tmp_path / "pickled" / "adapter_model.bin")
+    lorasmith.push(tmp_path / "pickled", "me/all", **at)
+    assert pushed(hub, "me/all").keys() == model | {"adapter_config.json", "adapter_model.bin"}
+    lorasmith.push(made / "lora", "me/all", **at)
+    assert pushed(hub, "me/all").keys() == model | {"adapter_config.json", "adapter_model.safetensors"}
+    for name in ("style.safetensors", "facts.safetensors"):
+        shutil.copy(made / "lora" / "adapter_model.safetensors", tmp_path / name)
+        lorasmith.push(tmp_path / name, "me/many", **at)
+    assert pushed(hub, "me/many").keys() == {"style.safetensors", "facts.safetensors"}
+
+
 # --------------------------------------------------------------------------------------------- what is transferred
 
 
@@ -294,14 +329,18 @@ def test_streaming_a_base_that_is_here_is_wrong_usage(hub: Hub, at: dict[str, st
 def test_a_branch_that_moves_meanwhile_is_an_error_and_the_rerun_sends_nothing_again(
     hub: Hub, run: Run, made: Path, tmp_path: Path, home: Path
 ) -> None:
+    shutil.copytree(made / "lora", tmp_path / "theirs")
+    (tmp_path / "theirs" / "notes.txt").write_text("theirs")
+
     def move() -> None:
-        hub.add("me/merged", made / "lora")
+        hub.add("me/merged", tmp_path / "theirs")
 
     hub.fault("PUT", PUT, act=move)
     arguments = ("merge", "org/base", "me/lora", "--push", "me/merged")
     done = run(*arguments, code=1, token=WRITER)
     assert re.fullmatch(r"Down.*\nError: me/merged has moved since this run began, others pushed.*\n", done.stderr)
-    assert pushed(hub).keys() == on_disk(made / "lora").keys()
+    assert pushed(hub).keys() == on_disk(tmp_path / "theirs").keys()
+    shutil.rmtree(tmp_path / "theirs")
     assert len(sent(hub)) == len(changed(made))
     hub.requests.clear()
     run(*arguments, token=WRITER)
@@ -309,7 +348,7 @@ def test_a_branch_that_moves_meanwhile_is_an_error_and_the_rerun_sends_nothing_a
     assert whole(hub) == []
     files = pushed(hub)
     assert files["config.json"] == (made / "merged" / "config.json").read_bytes()
-    assert "adapter_config.json" in files
+    assert files["notes.txt"] == b"theirs"
     assert nothing_left(tmp_path, home)
 
 
