@@ -370,6 +370,17 @@ def test_an_extraction_takes_names(hub: Hub, run: Run, made: Path, tmp_path: Pat
     assert ours == wanted
 
 
+def test_an_extraction_names_the_base_as_peft_finds_it(
+    hub: Hub, at: dict[str, str], run: Run, made: Path, tmp_path: Path
+) -> None:
+    hub.add("me/merged", made / "merged")
+    for number, base in enumerate(("org/base@main", lorasmith.pull("org/base", **at))):
+        run("extract", base, "me/merged", "-o", f"out{number}", "--rank", "1", "-q")
+        facts = json.loads((tmp_path / f"out{number}" / "adapter_config.json").read_text())
+        assert facts["base_model_name_or_path"] == "org/base"
+    assert run("merge", "org/base", "out0", "-o", "again", "-q").stderr == ""
+
+
 def test_a_resize_takes_a_name(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
     run("resize", "me/lora", "-o", "by-name", "--rank", "2", "-q")
     lorasmith.resize(made / "lora", tmp_path / "by-path", rank=2)
