@@ -48,6 +48,8 @@ def extract(
     threads: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ExtractReport:
     """Make an adapter of what a fully tuned model has that its base has not.
@@ -60,14 +62,15 @@ def extract(
     has not is left out. ``dtype`` is that of the factors, ``device`` (``cpu``, ``cuda``, ``cuda:N``, ``auto``) what
     computes the products.
 
-    Both may be names on the Hub. ``out`` becomes a PEFT folder, or one file if it ends in .safetensors; without it, the
-    report's ``adapter`` is the result, in a file that goes when nobody has it any more. ``dry_run`` computes everything
-    and keeps nothing. Raises a ``LorasmithError``; nothing appears at ``out`` before all of it is written.
+    Both may be names on the Hub; ``token`` and ``endpoint`` are the client's own by default. ``out`` becomes a PEFT
+    folder, or one file if it ends in .safetensors; without it, the report's ``adapter`` is the result, in a file that
+    goes when nobody has it any more. ``dry_run`` computes everything and keeps nothing. Raises a ``LorasmithError``;
+    nothing appears at ``out`` before all of it is written.
     """
     criterion = Criterion(rank=rank, energy=energy, max_error=max_error)
     _require_sense(criterion, embeddings, dtype)
     run = _Run(criterion, BY_OPTION[dtype], resolve(device), threads or default_threads(), progress, time.monotonic())
-    sources = Sources(), Sources()
+    sources = Sources(endpoint, token), Sources(endpoint, token)
     models = sources[0].open_base(os.fspath(base)), sources[1].open_base(os.fspath(tuned))
     place = None if out is None else os.fspath(out)
     if place is not None:

@@ -127,6 +127,8 @@ def resize(
     threads: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> MixReport:
     """Give an adapter other ranks, with the least error there is: see ``mix`` for the arguments.
@@ -138,15 +140,17 @@ def resize(
     if not criterion:
         raise BadOption("how much of the adapter is kept? Give --rank, --energy, --max-error, --params or --sv-...")
     run = _Run(out, dtype, threads, overwrite, dry_run, progress)
-    return _mix(weighted((adapter, 1.0)), Request(criterion=criterion), run, Sources())
+    return _mix(weighted((adapter, 1.0)), Request(criterion=criterion), run, Sources(endpoint, token))
 
 
-def interference(adapters: AdapterArguments) -> tuple[Interference, ...]:
+def interference(
+    adapters: AdapterArguments, *, token: str | None = None, endpoint: str | None = None
+) -> tuple[Interference, ...]:
     """What every two of several adapters are to each other, in the modules that both change.
 
-    Only products count, of DoRA its direction; no base is needed.
+    Only products count, of DoRA its direction; no base is needed. ``token`` and ``endpoint`` are for names on the Hub.
     """
-    sources = Sources()
+    sources = Sources(endpoint, token)
     pairs = [(sources.read_adapter(one.given), one.weight) for one in weighted(adapters)]
     low = [
         (replace(adapter, deltas=tuple(one for one in adapter.deltas if one.delta.low_rank())), weight)

@@ -388,6 +388,23 @@ def test_a_resize_takes_a_name(hub: Hub, run: Run, made: Path, tmp_path: Path) -
     assert ours == wanted
 
 
+def test_a_token_is_taken_wherever_names_are(hub: Hub, at: dict[str, str], run: Run, made: Path) -> None:
+    hub.add("org/closed", made / "base", private=True)
+    hub.add("me/closed", made / "merged", private=True)
+    hub.add("me/closed-lora", made / "lora", private=True)
+    with_token = ("--token", READER, "-q")
+    for number, arguments in enumerate((
+        ("extract", "org/closed", "me/closed", "--rank", "1"),
+        ("resize", "me/closed-lora", "--rank", "1"),
+        ("mix", "me/closed-lora"),
+    )):  # fmt: skip
+        run(*arguments, "-o", f"out{number}", code=1, token="hf_nobody")
+        run(*arguments, "-o", f"out{number}", *with_token, token="hf_nobody")
+    lorasmith.extract("org/closed", "me/closed", rank=1, dry_run=True, **at)
+    lorasmith.resize("me/closed-lora", rank=1, dry_run=True, **at)
+    assert len(lorasmith.interference(["me/closed-lora", "me/closed-lora"], **at)) == 1
+
+
 # ------------------------------------------------------------------------------------------------------ offline
 
 
