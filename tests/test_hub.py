@@ -503,6 +503,14 @@ def test_an_address_of_anything_else_is_wrong_usage(hub: Hub, run: Run, name: st
     assert hub.requests == []
 
 
+@pytest.mark.parametrize(("token", "says"), [("", "is empty"), ("hf_two\nlines", "characters"), ("hf_ö", "characters")])
+def test_what_can_be_no_token_is_wrong_usage(hub: Hub, run: Run, token: str, says: str) -> None:
+    done = run("merge", "org/base", "me/lora", "-o", "out", "--token", token, code=2)
+    assert re.fullmatch(rf"Error: the token .*{says}.*\n", done.stderr)
+    assert "hf_" not in done.stderr
+    assert hub.requests == []
+
+
 def test_a_hub_that_is_not_there_is_told_on_one_line(run: Run) -> None:
     done = run("merge", "org/base", "me/lora", "-o", "out", code=1, HF_ENDPOINT="http://127.0.0.1:9")
     assert re.fullmatch(

@@ -96,11 +96,17 @@ def reference(text: str, endpoint: str | None = None) -> Reference | None:
 
 
 class Hub:
-    """A connection, by default the one that the client is set up for (``HF_ENDPOINT``, ``HF_TOKEN``, a login)."""
+    """A connection, by default the one that the client is set up for (``HF_ENDPOINT``, ``HF_TOKEN``, a login).
+
+    Raises BadOption for what can be no token.
+    """
 
     def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
         from huggingface_hub import HfApi
 
+        if token is not None and not re.fullmatch(r"[!-~]+", token):
+            what = "has characters that no token has" if token else "is empty; is a variable of the script not set?"
+            raise BadOption(f"the token {what}")
         self._token = token
         self.api: HfApi = HfApi(endpoint=endpoint, token=token, library_name="lorasmith", library_version=__version__)
 
