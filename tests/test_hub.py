@@ -511,6 +511,13 @@ def test_what_can_be_no_token_is_wrong_usage(hub: Hub, run: Run, token: str, say
     assert hub.requests == []
 
 
+def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder is made in it")
+    done = run("merge", "org/base", "me/lora", "-o", "out", code=1, HF_HOME=str(tmp_path / "file"))
+    assert re.fullmatch(r"Error: what is downloaded .* cannot be .*\(.*/file.*\); .*HF_HOME.*\n", done.stderr)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_hub_that_is_not_there_is_told_on_one_line(run: Run) -> None:
     done = run("merge", "org/base", "me/lora", "-o", "out", code=1, HF_ENDPOINT="http://127.0.0.1:9")
     assert re.fullmatch(

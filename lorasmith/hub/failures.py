@@ -85,6 +85,13 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
             return NoSpace(
                 error.errno, f"the disk is full while {where} was being transferred; make room and run again"
             )
+        case OSError() if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            place = f": {error.filename}" if error.filename else ""
+            return IOFailed(
+                error.errno,
+                f"what is downloaded of {where} cannot be written ({error.strerror}{place}); point HF_HOME to a folder "
+                "that may be written to",
+            )
         case OSError() if error.errno is not None:
             return IOFailed(
                 error.errno, f"the transfer of {where} failed: {error.strerror}; run the same command again"
