@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasmith.card import adapter_card, model_card
 from lorasmith.checkpoint import TOKENIZER_FILES, model_files, require_path
@@ -64,6 +64,21 @@ def target(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise BadOption(f"{repo!r} is no name of a repository to push to; write it like me/name")
     return Target(name, revision, private, create_pr, commit_message)
+
+
+def options_of(to: Target, card: str | os.PathLike[str] | None) -> list[str]:
+    """The options of the command line that say how to push, but for a token."""
+    values = {"--revision": to.revision, "--commit-message": to.message, "--card": None if card is None else str(card)}
+    flags = {"--private": to.private, "--create-pr": to.create_pr}
+    given = [text for name, value in values.items() if value is not None for text in (name, value)]
+    return [*given, *(name for name, value in flags.items() if value)]
+
+
+def require_pushed(**options: Any) -> None:
+    """Raise BadOption if one of the options is given that say how to push, where nothing is to be pushed."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise BadOption(f"--{given[0].replace('_', '-')} is for --push, which was not given")
 
 
 class Upload:

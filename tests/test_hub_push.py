@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -721,6 +722,41 @@ def test_a_mix_asks_for_the_right_to_push_before_it_begins(hub: Hub, run: Run, m
     assert os.listdir(tmp_path) in ([], ["home"])
     done = run("mix", "me/lora", "me/small", "--push", "me/mixed", "-o", "out.safetensors", code=2, token=WRITER)
     assert "in a folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--private"], 2, "--private is for --push"),
+        (["--card", "card.md"], 2, "--card is for --push"),
+        (["--push", "me/mixed", "--card", "card.md"], 2, "the Hub refuses the model card"),
+        (["--push", "me/mixed", "--card", "no.md"], 1, "no.md does not exist"),
+    ],
+)
+def test_a_mix_knows_before_it_begins_what_cannot_be_pushed(
+    hub: Hub, run: Run, tmp_path: Path, options: list[str], code: int, says: str
+) -> None:
+    (tmp_path / "card.md").write_text("---\nlicense: not-a-licence\n---\n")
+    done = run("mix", "me/lora", "me/small", "-o", "out", *options, code=code, token=WRITER)
+    assert says in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert "me/mixed" not in hub.repositories
+
+
+def test_a_mix_that_could_not_be_pushed_stays_and_says_how_to_push_it(
+    hub: Hub, run: Run, tmp_path: Path, home: Path
+) -> None:
+    hub.fault("POST", "/commit/", status=500, times=2)
+    arguments = ("mix", "me/lora", "me/small", "--push", "me/mixed", "--private", "--revision", "it's")
+    hub.repositories["me/mixed"] = hub.repositories["me/lora"]
+    hub.repositories["me/mixed"].refs["it's"] = hub.repositories["me/lora"].refs["main"]
+    done = run(*arguments, code=1, token=WRITER)
+    assert re.fullmatch(r"Error: .*HTTP 500.*; run the same command again\n", done.stderr)
+    done = run(*arguments, "-o", "my mix", code=1, token=WRITER)
+    line = re.fullmatch(r"Error: .*HTTP 500.*; the mix is complete in my mix: (lorasmith push .*)\n", done.stderr)
+    assert line is not None
+    run(*shlex.split(line[1])[1:], token=WRITER)
+    assert pushed(hub, "me/mixed", "it's") == on_disk(tmp_path / "my mix")
 
 
 # -------------------------------------------------------------------------------------------------- and the rest
