@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lorasmith.hub.silence import silence
 from lorasmith.records import Survival
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
@@ -26,7 +27,7 @@ def model_card(
 ) -> str:
     """The card of a merged model. ``base_card`` is the text of the base's, ``library`` what loads the result."""
     carried = front_matter(base_card)
-    facts: dict[str, Any] = {key: carried[key] for key in CARRIED if carried.get(key)}
+    facts: dict[str, Any] = {key: carried[key] for key in CARRIED if _is_text(carried.get(key))}
     if library is not None:
         facts.setdefault("library_name", library)
     repos = base_models(record)
@@ -62,10 +63,24 @@ def front_matter(card: str | None) -> Mapping[str, Any]:
     if card is None:
         return {}
     try:
-        facts: dict[str, Any] = RepoCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+        with silence():
+            facts: dict[str, Any] = RepoCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
     except Exception:  # cards are written by hand, and their parsers fail in many ways
         return {}
-    return facts
+    return {**facts, "language": _languages(facts.get("language"))}
+
+
+def _languages(value: Any) -> Any:
+    """Languages, with Norwegian in its place, which YAML 1.1 reads as the word no."""
+    if isinstance(value, list):
+        return [_languages(one) for one in value]
+    return "no" if value is False else value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a fact is what the Hub takes, text or a list of texts."""
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(one, str) and one for one in texts)
 
 
 def _card(facts: Mapping[str, Any], lines: Sequence[str]) -> str:

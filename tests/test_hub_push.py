@@ -578,6 +578,27 @@ def test_the_card_says_what_the_result_is_made_of(hub: Hub, at: dict[str, str], 
     assert len(hub.asked("POST", "/api/validate-yaml")) == 2  # before the first shard, and with the commit
 
 
+@pytest.mark.parametrize(
+    ("theirs", "carried"),
+    [
+        ("---\nlanguage:\n- en\n- no\nlicense: mit\n---\n", {"language": ["en", "no"], "license": "mit"}),
+        ("---\nlanguage: no\n---\n", {"language": "no"}),
+        ("---\nlanguage: {en: no}\nlicense: 3.0\npipeline_tag: [a, 1]\n---\n", {}),
+        ("No front matter at all.\n", {}),
+    ],
+)
+def test_of_the_base_s_card_only_what_the_hub_takes_is_carried_over(
+    hub: Hub, run: Run, made: Path, tmp_path: Path, theirs: str, carried: dict[str, object]
+) -> None:
+    shutil.copytree(made / "base", tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text(theirs)
+    done = run("merge", "base", "me/small", "--push", "me/merged", "-q", token=WRITER)
+    assert done.stderr == ""
+    facts = ModelCard(hub.content("me/merged", "README.md").decode()).data.to_dict()
+    ours = {"base_model", "base_model_relation", "library_name", "tags"}
+    assert {name: value for name, value in facts.items() if name not in ours} == carried
+
+
 def test_a_card_of_one_s_own_is_taken_as_it_is(hub: Hub, run: Run, tmp_path: Path) -> None:
     (tmp_path / "card.md").write_text("---\nlicense: mit\n---\nMine, ü.\n")
     run("merge", "org/base", "me/lora", "--push", "me/merged", "--card", "card.md", token=WRITER)
