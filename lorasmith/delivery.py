@@ -206,7 +206,14 @@ class Delivery:
         title = self._target.repo.rsplit("/", 1)[1]
         library = "transformers" if any(one.name == "config.json" for one in self._plan.side_files) else None
         record = provenance(self._plan)
-        return model_card(record, title, survival=survival, base_card=self._base_card(), library=library)
+        return model_card(
+            record,
+            title,
+            survival=survival,
+            base_card=self._base_card(),
+            library=library,
+            single_file=self._plan.single_file,
+        )
 
     def _base_card(self) -> str | None:
         """The text of the base's own card."""

@@ -20,7 +20,7 @@ import torch
 from generate import bases, sha256, tree, write_adapter, write_base, write_json
 from hub_server import READER, WRITER, Hub
 from huggingface_hub import ModelCard
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from test_hub import README, SCRIPT, SIZES, Run, home, run, whole
 
 import lorasmith
@@ -597,6 +597,38 @@ def test_of_the_base_s_card_only_what_the_hub_takes_is_carried_over(
     facts = ModelCard(hub.content("me/merged", "README.md").decode()).data.to_dict()
     ours = {"base_model", "base_model_relation", "library_name", "tags"}
     assert {name: value for name, value in facts.items() if name not in ours} == carried
+
+
+def test_the_card_of_a_rule_says_so_and_its_command_makes_the_same(hub: Hub, run: Run, tmp_path: Path) -> None:
+    adapters = ("me/lora:0.12345678", "me/small")
+    options = ("--method", "dare-ties", "--density", "0.7", "--seed", "3", "--weights", "mlp|q_proj=0.5")
+    run("merge", "org/base", *adapters, *options, "--dtype", "float32", "--push", "me/merged", token=WRITER)
+    card = hub.content("me/merged", "README.md").decode()
+    assert "combined by `dare-ties` (density 0.7, space core, seed 3, sign total)" in card
+    assert "Σ weight" not in card
+    (command,) = re.findall(r"^lorasmith merge .*$", card, re.M)
+    run(*shlex.split(command)[1:])
+    assert pushed(hub) == on_disk(tmp_path / "merged")
+    run("mix", *adapters, *options, "--rank", "2", "--push", "me/mixed", token=WRITER)
+    card = hub.content("me/mixed", "README.md").decode()
+    assert "combined by `dare-ties` (density 0.7, space core, seed 3, sign total)" in card
+    assert "rank 2" in card
+
+
+def test_the_card_of_a_single_file_speaks_of_no_other(hub: Hub, run: Run, tmp_path: Path) -> None:
+    save_file(bases(SIZES), tmp_path / "one.safetensors")
+    run("merge", "one.safetensors", "me/small", "--push", "me/one", token=WRITER)
+    assert pushed(hub, "me/one").keys() == {"one.safetensors"}
+    assert "lorasmith.json" not in hub.content("me/one", "README.md").decode()
+
+
+def test_the_card_of_an_extraction_has_no_table_of_nothing(hub: Hub, run: Run, made: Path) -> None:
+    hub.add("me/tuned", made / "merged")
+    run("extract", "org/base", "me/tuned", "-o", "out", "--rank", "1", "-q")
+    run("push", "out", "me/extracted", token=WRITER)
+    card = hub.content("me/extracted", "README.md").decode()
+    assert "for [org/base]" in card
+    assert "|" not in card
 
 
 def test_a_card_of_one_s_own_is_taken_as_it_is(hub: Hub, run: Run, tmp_path: Path) -> None:
