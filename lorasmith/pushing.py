@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.card import adapter_card, model_card
 from lorasmith.checkpoint import TOKENIZER_FILES, model_files, require_path
-from lorasmith.errors import BadFile, BadOption, HubFailed
+from lorasmith.errors import BadFile, BadOption, HubFailed, LorasmithError
 from lorasmith.folders import OnDisk, names_in
 from lorasmith.formats import ADAPTER_FILES, adapter_file
 from lorasmith.hub import Hub, reference
@@ -28,6 +28,7 @@ from lorasmith.hub.writing import (
     commit,
     copy_of,
     deletion_of,
+    exists,
     files_at,
     is_small,
     prepare,
@@ -285,7 +286,8 @@ def push(
 def send(hub: Hub, to: Target, path: str, *, card: str | os.PathLike[str] | None, message: str) -> Pushed:
     """Push what is at a path to a target; ``push`` says how."""
     files: dict[str, str | bytes] = dict(files_of(path))
-    text = read_card(card) if card is not None else None if CARD in files else _card_of(path, to.repo)
+    given = card if card is not None else files.get(CARD)
+    text = _card_of(hub, path, to.repo) if given is None else read_card(os.fsdecode(given))
     if text is not None:
         require_valid(hub, to, text)
         files[CARD] = text.encode()
@@ -322,16 +324,31 @@ def files_of(path: str) -> Iterator[tuple[str, str]]:
     yield from ((name, file) for name, file in found.items() if os.path.isfile(file))
 
 
-def _card_of(path: str, repo: str) -> str | None:
+def _card_of(hub: Hub, path: str, repo: str) -> str | None:
     """A card that tells what the provenance of a result tells; None without that."""
     file = os.path.join(path, PROVENANCE)
     if not os.path.isfile(file):
         return None
     record = read_json(file)
     title = repo.rsplit("/", 1)[1]
-    if not os.path.isfile(os.path.join(path, ADAPTER_CONFIG)):
-        return model_card(record, title, library="transformers" if "base" in record else None)
-    config = read_json(os.path.join(path, ADAPTER_CONFIG))
-    base, task = config.get("base_model_name_or_path"), config.get("task_type")
-    known = isinstance(base, str) and base and not os.path.exists(base) and reference(base) is not None
-    return adapter_card(record, title, base=base if known else None, task=task if isinstance(task, str) else None)
+    try:
+        if not os.path.isfile(os.path.join(path, ADAPTER_CONFIG)):
+            return model_card(record, title, library="transformers" if "base" in record else None)
+        config = read_json(os.path.join(path, ADAPTER_CONFIG))
+        base, task = config.get("base_model_name_or_path"), config.get("task_type")
+        return adapter_card(record, title, base=_repo_of(hub, base), task=task if isinstance(task, str) else None)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, LorasmithError):
+            raise
+        raise BadFile(f"{file} is not as lorasmith writes it; give a model card with --card, or remove it") from error
+
+
+def _repo_of(hub: Hub, base: object) -> str | None:
+    """The repository that an adapter's config names as its base; None if it names none, or none that is there."""
+    if not isinstance(base, str) or not base:
+        return None
+    try:
+        named = reference(base, hub.api.endpoint)
+    except BadOption:
+        return None
+    return named.repo if named is not None and exists(hub, named.repo) else None

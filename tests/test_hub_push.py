@@ -622,6 +622,43 @@ def test_the_card_of_a_single_file_speaks_of_no_other(hub: Hub, run: Run, tmp_pa
     assert "lorasmith.json" not in hub.content("me/one", "README.md").decode()
 
 
+@pytest.mark.parametrize(
+    ("named", "base"),
+    [
+        ("org/base", "org/base"),
+        ("org/base@main", "org/base"),
+        ("https://huggingface.co/org/base/tree/main", "org/base"),
+        ("outputs/base", None),
+        ("/data/base", None),
+        ("https://example.com/base", None),
+    ],
+)
+def test_the_card_of_an_adapter_names_as_base_only_what_is_a_repository(
+    hub: Hub, at: dict[str, str], made: Path, tmp_path: Path, named: str, base: str | None
+) -> None:
+    shutil.copytree(made / "lora", tmp_path / "lora")
+    facts = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    write_json(tmp_path / "lora" / "adapter_config.json", {**facts, "base_model_name_or_path": named})
+    lorasmith.mix(tmp_path / "lora", push="me/mixed", **at)
+    facts = ModelCard(hub.content("me/mixed", "README.md").decode()).data.to_dict()
+    assert facts.get("base_model") == base
+    assert facts["tags"] == [*([f"base_model:adapter:{base}"] if base else []), "lora", "lorasmith", "transformers"]
+
+
+def test_a_folder_s_own_card_and_record_are_checked_before_anything_is_sent(
+    hub: Hub, run: Run, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "merged", tmp_path / "merged")
+    (tmp_path / "merged" / "lorasmith.json").write_text('{"adapters": [{}]}')
+    assert "is not as lorasmith writes it" in run("push", "merged", "me/merged", code=1, token=WRITER).stderr
+    (tmp_path / "merged" / "README.md").write_text("---\nlicense: not-a-licence\n---\n")
+    assert "refuses the model card" in run("push", "merged", "me/merged", code=2, token=WRITER).stderr
+    (tmp_path / "merged" / "README.md").write_bytes(b"\xff")
+    assert "is no UTF-8 text" in run("push", "merged", "me/merged", code=1, token=WRITER).stderr
+    assert sent(hub) == []
+    assert "me/merged" not in hub.repositories
+
+
 def test_the_card_of_an_extraction_has_no_table_of_nothing(hub: Hub, run: Run, made: Path) -> None:
     hub.add("me/tuned", made / "merged")
     run("extract", "org/base", "me/tuned", "-o", "out", "--rank", "1", "-q")

@@ -52,6 +52,12 @@ def prepare(hub: Hub, target: Target) -> Target:
     return dataclasses.replace(target, head=head)
 
 
+def exists(hub: Hub, repo: str) -> bool:
+    """Whether there is a repository of this name that the token may see."""
+    with told(repo, hub.api.endpoint, wanted=PUSH):
+        return hub.api.repo_exists(repo)
+
+
 def _has_revision(hub: Hub, target: Target) -> bool:
     from huggingface_hub.errors import RevisionNotFoundError
 
