@@ -64,6 +64,8 @@ def target(
     name = repo.removeprefix("hf://")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise BadOption(f"{repo!r} is no name of a repository to push to; write it like me/name")
+    if revision == "":
+        raise BadOption("the branch to push to is empty; is a variable of the script not set?")
     return Target(name, revision, private, create_pr, commit_message)
 
 

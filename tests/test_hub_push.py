@@ -230,6 +230,31 @@ def test_an_adapter_or_a_bare_file_takes_nothing_else_away(
     assert pushed(hub, "me/many").keys() == {"style.safetensors", "facts.safetensors"}
 
 
+def test_what_goes_to_a_renamed_repository_goes_to_the_one_that_it_is_now(
+    hub: Hub, at: dict[str, str], made: Path
+) -> None:
+    hub.add("me/new", made / "lora")
+    hub.renamed["me/old"] = "me/new"
+    assert lorasmith.push(made / "merged", "me/old", **at).repo == "me/new"
+    assert pushed(hub, "me/new") == on_disk(made / "merged")
+    assert lorasmith.merge("org/base", "me/small", push="me/old", **at).pushed == lorasmith.Pushed(
+        "me/new", hub.repositories["me/new"].refs["main"], f"{hub.url}/me/new", None
+    )
+    assert "me/old" not in hub.repositories
+
+
+def test_a_branch_is_made_if_need_be(hub: Hub, run: Run, made: Path) -> None:
+    hub.add("me/merged", made / "lora")
+    main = hub.repositories["me/merged"].refs["main"]
+    done = run("push", made / "merged", "me/merged", "--revision", "dev/new", token=WRITER)
+    assert done.stdout.startswith(f"Pushed to {hub.url}/me/merged/tree/dev/new\n")
+    assert pushed(hub, revision="dev/new") == on_disk(made / "merged")
+    run("merge", "org/base", "me/small", "--push", "me/other", "--revision", "dev", token=WRITER)
+    assert same(hub, made / "merged-small", "me/other", "dev")
+    assert hub.repositories["me/merged"].refs["main"] == main
+    assert "is empty" in run("push", made / "merged", "me/merged", "--revision", "", code=2, token=WRITER).stderr
+
+
 # --------------------------------------------------------------------------------------------- what is transferred
 
 
