@@ -160,7 +160,7 @@ class Sources:
 
     def needed(self, path: str, beside: Sequence[str]) -> tuple[Snapshot, list[str]]:
         """A model or an adapter on the Hub, and the names of the files that it consists of, with others beside it."""
-        named = self.reference(path)
+        named = reference(path, self._endpoint, or_path=False)
         if named is None:
             raise BadOption(f"{path!r} is no name on the Hub; write it like org/name, or hf://org/name")
         snapshot = self.hub.open(named)

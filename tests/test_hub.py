@@ -586,6 +586,17 @@ def test_pull_takes_an_adapter_out_of_a_sub_folder(hub: Hub, at: dict[str, str],
         lorasmith.pull(str(tmp_path / "many"), **at)
 
 
+def test_what_is_pulled_is_on_the_hub_whatever_is_here(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
+    hub.add("org/other", made / "base")
+    for name in ("org/base", "org/other"):
+        run("pull", name, "-o", name)
+    assert sorted(os.listdir(tmp_path / "org")) == ["base", "other"]
+    assert run("pull", "org/base").stdout.startswith(str(tmp_path / "home"))
+    done = run("pull", "org/base", "-o", "org/base", code=1)
+    assert "org/base exists already" in done.stderr
+    assert "--overwrite" not in done.stderr
+
+
 def test_a_pull_that_broke_off_goes_on(hub: Hub, at: dict[str, str], made: Path, tmp_path: Path) -> None:
     hub.fault("GET", r"model-00003", status=404, times=99)
     with pytest.raises(lorasmith.HubFailed):

@@ -68,16 +68,17 @@ class Snapshot:
     folder: str
 
 
-def reference(text: str, endpoint: str | None = None) -> Reference | None:
+def reference(text: str, endpoint: str | None = None, *, or_path: bool = True) -> Reference | None:
     """What a name means on the Hub; None where it is a path: one that exists, or one into a folder that does.
 
-    Raises BadOption for an address that is none of a model.
+    Where no path can be meant (not ``or_path``), it does not matter what is here. Raises BadOption for an address that
+    is none of a model.
     """
-    if os.path.lexists(text):
+    if or_path and os.path.lexists(text):
         return None
     first = text.split("/", 1)[0]
     if not _ADDRESS.match(text):
-        if not _NAME.fullmatch(text) or os.path.isdir(first) or first in _TYPES:
+        if not _NAME.fullmatch(text) or (or_path and os.path.isdir(first)) or first in _TYPES:
             return None
         if text.count("/") == 1 and text.endswith(_FILES):
             return None
