@@ -111,11 +111,19 @@ class Sources:
 
     def require(self, path: str) -> None:
         """Raise MissingFile for a path that is not there; names on the Hub are asked for later."""
-        if self.reference(path) is None:
+        if self.reference(path) is not None:
+            return
+        try:
             require_path(path)
+        except MissingFile as error:
+            name = path.rstrip("/")
+            if reference(name, self._endpoint, or_path=False) is None:
+                raise
+            raise MissingFile(f"{error}; if {name} on the Hub is meant, write hf://{name}") from None
 
     def open_base(self, path: str) -> Checkpoint:
         """Open a base by its headers, as ``open_checkpoint`` does; of one on the Hub, no tensor is fetched."""
+        self.require(path)
         named = self.reference(path)
         if named is None:
             return open_checkpoint(path)

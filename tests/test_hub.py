@@ -503,6 +503,24 @@ def test_an_address_of_anything_else_is_wrong_usage(hub: Hub, run: Run, name: st
     assert hub.requests == []
 
 
+def test_a_path_that_is_not_there_may_have_been_meant_for_the_hub(hub: Hub, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "org").mkdir()
+    done = run("merge", "org/base", "me/lora", "-o", "out", code=1)
+    assert done.stderr == "Error: org/base does not exist; if org/base on the Hub is meant, write hf://org/base\n"
+    done = run("merge", "hf://org/base", "me/lora/", "-o", "out", code=1)
+    assert done.stderr.endswith("; if me/lora on the Hub is meant, write hf://me/lora\n")
+    done = run("merge", "./org/base", "me/lora", "-o", "out", code=1)
+    assert "Hub" not in done.stderr
+
+
+def test_a_revision_that_is_not_there_may_have_been_written_otherwise(hub: Hub, run: Run, made: Path) -> None:
+    hub.repositories["org/base"].refs["dev/new"] = commit = hub.repositories["org/base"].refs["main"]
+    for name in (f"org/base@{commit[:8]}", "org/base@dev/new"):
+        done = run("merge", name, "me/lora", "-o", "out", code=1)
+        assert re.search(r"has no branch, tag or commit .*\. Of a commit, all 40 digits .*%2F\n$", done.stderr)
+    run("merge", "org/base@dev%2Fnew", "me/lora", "-o", "out", "-q")
+
+
 @pytest.mark.parametrize(("token", "says"), [("", "is empty"), ("hf_two\nlines", "characters"), ("hf_ö", "characters")])
 def test_what_can_be_no_token_is_wrong_usage(hub: Hub, run: Run, token: str, says: str) -> None:
     done = run("merge", "org/base", "me/lora", "-o", "out", "--token", token, code=2)

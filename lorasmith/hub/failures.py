@@ -69,7 +69,8 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
             )
         case errors.RevisionNotFoundError():
             return MissingFile(
-                f"{repo} has no branch, tag or commit {revision or 'of this name'}; see {endpoint}/{repo}"
+                f"{repo} has no branch, tag or commit {revision or 'of this name'}; see {endpoint}/{repo}. "
+                "Of a commit, all 40 digits are needed, and a slash in a branch's name is written %2F"
             )
         case errors.RemoteEntryNotFoundError():
             return MissingFile(f"{repo} has no such file any more: {_path_of(error)}; see {endpoint}/{repo}/tree/main")
