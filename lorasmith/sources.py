@@ -175,6 +175,8 @@ class Sources:
         folder = OnHub(self.hub, snapshot, named.inside)
         if named.inside in snapshot.files:
             return snapshot, [named.inside]
+        if not folder.names():
+            raise _nothing_inside(snapshot)
         also = [folder.at(name) for name in beside if folder.is_file(name)]
         if any(folder.is_file(name) for name in (ADAPTER_CONFIG, *ADAPTER_FILES)):
             return snapshot, [*self._adapter_files(snapshot), *also]

@@ -362,6 +362,24 @@ def test_a_download_that_fails_for_a_while_goes_on(
     assert sum(one.sent for one in hub.asked("GET", SHARD) if one.span != "bytes=0-65535") <= sizes + (1 << 16)
 
 
+def test_a_header_that_breaks_off_is_asked_for_again(hub: Hub, at: dict[str, str]) -> None:
+    hub.fault("GET", r"/org/base/resolve/.*model-00002", drop_after=100, times=2)
+    plan = lorasmith.plan("org/base", "me/lora", **at)
+    assert plan.tensors_merged == 14
+    hub.fault("GET", r"/org/base/resolve/.*model-00002", drop_after=100, times=99)
+    with pytest.raises(lorasmith.HubFailed, match="cannot be reached for org/base"):
+        lorasmith.plan("org/base", "me/lora", **at)
+
+
+def test_a_listing_that_breaks_off_is_told_on_one_line(
+    hub: Hub, at: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fault("GET", r"/org/base/tree/", drop_after=10, times=99)
+    with pytest.raises(lorasmith.HubFailed, match="cannot be reached for org/base"):
+        lorasmith.plan("org/base", "me/lora", **at)
+
+
 def test_an_extraction_takes_names(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
     hub.add("me/merged", made / "merged")
     run("extract", "org/base", "me/merged", "-o", "by-names", "--rank", "4", "-q")
@@ -602,6 +620,8 @@ def test_pull_takes_an_adapter_out_of_a_sub_folder(hub: Hub, at: dict[str, str],
     assert sorted(os.listdir(cached)) == ["adapter_config.json", "adapter_model.safetensors"]
     with pytest.raises(lorasmith.BadOption, match="no name on the Hub"):
         lorasmith.pull(str(tmp_path / "many"), **at)
+    with pytest.raises(lorasmith.MissingFile, match="has nothing at 'fact'; it has facts, style"):
+        lorasmith.pull("me/many/fact", **at)
 
 
 def test_what_is_pulled_is_on_the_hub_whatever_is_here(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:

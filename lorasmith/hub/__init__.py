@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 FIRST_BYTES = 1 << 16
 """What is asked for of a file whose header is wanted; most headers are shorter."""
 
+ATTEMPTS = 4
+"""How often the first bytes of a file are asked for where answers break off."""
+
 _ADDRESS = re.compile(r"(hf://|https?://|(www\.)?huggingface\.co/|hf\.co/)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^\s:]+)?(/[^\s:]+)*")
 _TYPES = ("models", "datasets", "spaces", "kernels", "buckets")
@@ -151,12 +154,12 @@ class Hub:
 
         try:
             found: list[Any] = list(self.api.list_repo_tree(repo, recursive=True, revision=commit))
-        except (OfflineModeIsEnabled, httpx2.TransportError):
+        except (OfflineModeIsEnabled, httpx2.TransportError) as away:
             try:
                 found = list(get_cached_repo_tree(repo, revision=commit))
             except CachedRepoTreeNotFoundError:
                 if not os.path.isdir(folder):
-                    raise
+                    raise away from None
                 return _held(folder)
         return {one.path: _remote_file(one) for one in found if isinstance(one, RepoFile)}
 
@@ -241,19 +244,40 @@ class Hub:
 
     def _first_bytes(self, snapshot: Snapshot, name: str, count: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        from huggingface_hub.utils import build_hf_headers
 
-        origin, got = snapshot.origin, bytearray()
+        origin = snapshot.origin
         url = hf_hub_url(origin.repo, name, revision=origin.commit, endpoint=self.api.endpoint)
         headers = build_hf_headers(token=self._token, library_name="lorasmith", library_version=__version__)
         headers |= {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
-        with told(origin.repo, self.api.endpoint), http_stream_backoff("GET", url, headers=headers) as response:
-            hf_raise_for_status(response)
+        with told(origin.repo, self.api.endpoint):
+            got, broken = _received(url, headers, count)
+            for _ in range(ATTEMPTS - 1):
+                if broken is not None:
+                    got, broken = _received(url, headers, count)
+            if broken is not None:
+                raise broken
+        return got
+
+
+def _received(url: str, headers: Mapping[str, str], count: int) -> tuple[bytes, Exception | None]:
+    """The first bytes of an answer, and what has cut it short, which the client must not see: it takes up only answers
+    that have not begun.
+    """
+    import httpx2
+    from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
+
+    got = bytearray()
+    with http_stream_backoff("GET", url, headers=headers) as response:
+        hf_raise_for_status(response)
+        try:
             for block in response.iter_bytes():
                 got += block
                 if len(got) >= count:  # also where a server sends all of a file whatever it is asked for
                     break
-        return bytes(got[:count])
+        except httpx2.TransportError as error:
+            return b"", error
+    return bytes(got[:count]), None
 
 
 def _remote_file(file: RepoFile) -> RemoteFile:
