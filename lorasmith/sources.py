@@ -38,10 +38,13 @@ SIDE_BY_SIDE = 8
 
 
 class OnHub:
-    """A folder of a repository at one commit; its files come into the shared cache when they are asked for."""
+    """A folder of a repository at one commit; its files come into the shared cache when they are asked for.
 
-    def __init__(self, hub: Hub, snapshot: Snapshot, inside: str) -> None:
-        self._hub, self._snapshot, self._inside = hub, snapshot, inside
+    Of one that ``passes`` no weights are to stay there, so that what was pickled is refused.
+    """
+
+    def __init__(self, hub: Hub, snapshot: Snapshot, inside: str, *, passes: bool = False) -> None:
+        self._hub, self._snapshot, self._inside, self._passes = hub, snapshot, inside, passes
         self.name = str(snapshot.origin)
         self.path = os.path.join(snapshot.folder, *inside.split("/")) if inside else snapshot.folder
 
@@ -74,6 +77,8 @@ class OnHub:
         if not os.path.exists(path) and name.endswith(".safetensors"):
             size = self._snapshot.files[self.at(name)].size
             return parse_header(path, self._hub.reader(self._snapshot, self.at(name)), size, 0), ()
+        if self._passes and not name.endswith(".safetensors"):
+            raise BadOption("--stream needs safetensors; pickled weights are downloaded whole to be read")
         header, notes = read_weights(self.here(name))
         return replace(header, mtime_ns=0), notes
 
@@ -93,11 +98,11 @@ class OnHub:
 class Sources:
     """Opens what a run is made from, and fetches of the base what it reads.
 
-    ``base`` is the snapshot of a base that is on the Hub, once it was opened.
+    ``base`` is the snapshot of a base that is on the Hub, once it was opened; it passes through if ``stream``.
     """
 
-    def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
-        self._endpoint, self._token = endpoint, token
+    def __init__(self, endpoint: str | None = None, token: str | None = None, *, stream: bool = False) -> None:
+        self._endpoint, self._token, self._streams = endpoint, token, stream
         self.base: Snapshot | None = None
 
     @cached_property
@@ -130,9 +135,10 @@ class Sources:
         snapshot = self.base = self.hub.open(named)
         inside, _, name = named.inside.rpartition("/")
         if named.inside in snapshot.files:
-            bare = open_file(OnHub(self.hub, snapshot, inside), name, str(snapshot.origin))
+            folder = OnHub(self.hub, snapshot, inside, passes=self._streams)
+            bare = open_file(folder, name, str(snapshot.origin))
             return checked(replace(bare, origin=snapshot.origin))
-        folder = OnHub(self.hub, snapshot, named.inside)
+        folder = OnHub(self.hub, snapshot, named.inside, passes=self._streams)
         if not folder.names():
             raise _nothing_inside(snapshot)
         opened = open_folder(folder)

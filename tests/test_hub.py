@@ -342,10 +342,13 @@ def test_a_pickled_base_is_fetched_to_be_read(hub: Hub, at: dict[str, str], made
     shutil.copytree(made / "base", tmp_path / "old", ignore=shutil.ignore_patterns("model*"))
     torch.save(bases(SIZES), tmp_path / "old" / "pytorch_model.bin")
     hub.add("org/old", tmp_path / "old")
+    with pytest.raises(lorasmith.BadOption, match="--stream needs safetensors"):
+        lorasmith.merge("org/old", "me/lora", tmp_path / "streamed", stream=True, **at)
+    assert hub.asked("GET", r"\.bin$") == []
     lorasmith.merge("org/old", "me/lora", tmp_path / "out", **at)
     lorasmith.merge(tmp_path / "old", made / "lora", tmp_path / "wanted")
     assert same(tmp_path / "out", tmp_path / "wanted")
-    with pytest.raises(lorasmith.BadOption, match="safetensors"):
+    with pytest.raises(lorasmith.BadOption, match="--stream needs safetensors"):
         lorasmith.merge("org/old", "me/lora", tmp_path / "streamed", stream=True, **at)
 
 
