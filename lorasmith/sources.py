@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -82,6 +83,13 @@ class OnHub:
         header, notes = read_weights(self.here(name))
         return replace(header, mtime_ns=0), notes
 
+    def with_weights(self) -> list[str]:
+        """The folders inside that have weights, as they are to be named; none if it has some itself."""
+        start = self.at("") + "/" if self._inside else ""
+        files = [name[len(start) :] for name in self._snapshot.files if name.startswith(start)]
+        places = sorted({os.path.dirname(name) for name in files if name.endswith((".safetensors", ".bin"))})
+        return [] if "" in places else [f"{self.name.rstrip('/')}/{place}" for place in places]
+
     def all_weights(self, names: Sequence[str]) -> list[tuple[Header, tuple[str, ...]]]:
         """The headers of several files, asked for side by side."""
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
@@ -141,7 +149,8 @@ class Sources:
         folder = OnHub(self.hub, snapshot, named.inside, passes=self._streams)
         if not folder.names():
             raise _nothing_inside(snapshot)
-        opened = open_folder(folder)
+        with _choices(folder):
+            opened = open_folder(folder)
         known = {
             os.path.join(snapshot.folder, *name.split("/")): (file.size, file.digest)
             for name, file in snapshot.files.items()
@@ -168,7 +177,8 @@ class Sources:
         folder = OnHub(self.hub, snapshot, inside)
         if not folder.names():
             raise _nothing_inside(snapshot)
-        own = name or adapter_file(folder)
+        with _choices(folder):
+            own = name or adapter_file(folder)
         beside = (ADAPTER_CONFIG, *(() if name else TOKENIZER_FILES))
         return [folder.at(own), *(folder.at(one) for one in beside if folder.is_file(one))]
 
@@ -186,7 +196,8 @@ class Sources:
         also = [folder.at(name) for name in beside if folder.is_file(name)]
         if any(folder.is_file(name) for name in (ADAPTER_CONFIG, *ADAPTER_FILES)):
             return snapshot, [*self._adapter_files(snapshot), *also]
-        return snapshot, [*map(folder.at, model_files(folder)), *also]
+        with _choices(folder):
+            return snapshot, [*map(folder.at, model_files(folder)), *also]
 
     def beside_base(self, name: str, path: str) -> str | None:
         """The path of another file of the base's folder or repository, fetched if need be; None if it has none."""
@@ -237,6 +248,18 @@ class Sources:
         assert self.base is not None
         assert name is not None
         return self.hub.fetch_into(self.base, name, folder, stopped)
+
+
+@contextlib.contextmanager
+def _choices(folder: OnHub) -> Iterator[None]:
+    """Let an error about a folder without weights name those inside it that have some."""
+    try:
+        yield
+    except MissingFile as error:
+        inner = folder.with_weights()
+        if not inner or inner[0] in str(error):
+            raise
+        raise MissingFile(f"{error} There are weights in {listed(inner, 10)}: name the one you mean") from None
 
 
 def _nothing_inside(snapshot: Snapshot) -> LorasmithError:

@@ -194,6 +194,23 @@ def test_an_adapter_may_lie_in_a_sub_folder(hub: Hub, at: dict[str, str], made: 
         lorasmith.plan("org/base", "me/many/tone", **at)
 
 
+def test_where_only_sub_folders_have_weights_these_are_named(
+    hub: Hub, at: dict[str, str], made: Path, tmp_path: Path
+) -> None:
+    for name in ("runs/a/final", "runs/b/final"):
+        shutil.copytree(made / "lora", tmp_path / "many" / name)
+    commit = hub.add("me/many", tmp_path / "many")
+    for inside in ("", "/runs"):
+        named = rf"There are weights in me/many@{commit}/runs/a/final, me/many@{commit}/runs/b/final: name the"
+        with pytest.raises(lorasmith.MissingFile, match=named):
+            lorasmith.plan("org/base", "me/many" + inside, **at)
+        with pytest.raises(lorasmith.MissingFile, match=named):
+            lorasmith.plan("me/many" + inside, "me/lora", **at)
+        with pytest.raises(lorasmith.MissingFile, match=named):
+            lorasmith.pull("me/many" + inside, tmp_path / "out", **at)
+    assert lorasmith.plan("org/base", f"me/many@{commit}/runs/a/final", **at).tensors_merged == 14
+
+
 def test_single_files_of_a_repository_are_read(hub: Hub, at: dict[str, str], made: Path, tmp_path: Path) -> None:
     write_base(tmp_path / "one", bases(SIZES), sizes=SIZES)
     hub.add("org/one", tmp_path / "one")
