@@ -541,6 +541,15 @@ def test_an_address_of_anything_else_is_wrong_usage(hub: Hub, run: Run, name: st
     assert hub.requests == []
 
 
+def test_a_login_in_an_address_is_not_shown(hub: Hub, run: Run, tmp_path: Path) -> None:
+    run("pull", "https://someone:hf_secret@huggingface.co/org/base", "-o", "pulled")
+    for address in ("huggingface.co/org/base/commit/abc", "example.com/org/base", "huggingface.co/datasets/a/b"):
+        done = run("merge", f"https://someone:hf_secret@{address}", "me/lora", "-o", "out", code=2)
+        assert "hf_secret" not in done.stdout + done.stderr
+    done = run("merge", "https://someone:hf_secret@huggingface.co/org/none", "me/lora", "-o", "out", code=1)
+    assert "hf_secret" not in done.stdout + done.stderr
+
+
 def test_a_path_that_is_not_there_may_have_been_meant_for_the_hub(hub: Hub, run: Run, tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     done = run("merge", "org/base", "me/lora", "-o", "out", code=1)

@@ -90,6 +90,7 @@ def reference(text: str, endpoint: str | None = None, *, or_path: bool = True) -
     from huggingface_hub.errors import HfUriError
     from huggingface_hub.utils import parse_hf_uri
 
+    text = re.sub(r"^(https?://)[^/]*@", r"\1", text)  # a login, as addresses for git have it, is nothing to show
     try:
         uri = parse_hf_uri(text, endpoint or constants.ENDPOINT)
     except HfUriError as error:
