@@ -5,9 +5,12 @@ Written from the provenance record, which every result carries, so that a result
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lorasmith.combining import Method
+from lorasmith.hub.silence import silence
 from lorasmith.records import Survival
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
@@ -23,17 +26,20 @@ def model_card(
     survival: Survival | None = None,
     base_card: str | None = None,
     library: str | None = None,
+    single_file: bool = False,
 ) -> str:
     """The card of a merged model. ``base_card`` is the text of the base's, ``library`` what loads the result."""
     carried = front_matter(base_card)
-    facts: dict[str, Any] = {key: carried[key] for key in CARRIED if carried.get(key)}
+    facts: dict[str, Any] = {key: carried[key] for key in CARRIED if _is_text(carried.get(key))}
     if library is not None:
         facts.setdefault("library_name", library)
     repos = base_models(record)
     if repos:
         facts |= {"base_model": repos, "base_model_relation": "merge"}
     facts["tags"] = [PROJECT, "merge", "lora"]
-    return _card(facts, [f"# {title}", "", *_merged(record), "", *_adapters(record), *_rest(record, survival)])
+    where = "The header of the file" if single_file else "`lorasmith.json`"
+    rest = _rest(record, survival, where)
+    return _card(facts, [f"# {title}", "", *_merged(record), "", *_adapters(record), *rest])
 
 
 def adapter_card(record: Mapping[str, Any], title: str, *, base: str | None, task: str | None = None) -> str:
@@ -46,7 +52,9 @@ def adapter_card(record: Mapping[str, Any], title: str, *, base: str | None, tas
         facts["pipeline_tag"] = "text-generation"
         facts["tags"].append("transformers")
     of = f" for {_link(base)}" if base is not None else ""
-    return _card(facts, [f"# {title}", "", f"A LoRA adapter{of}.", "", *_adapters(record), *_rest(record, None)])
+    table = list(_adapters(record))
+    lines = [f"A LoRA adapter{of}.", *_mixed(record), *(["", *table] if table else [])]
+    return _card(facts, [f"# {title}", "", *lines, *_rest(record, None, "`lorasmith.json`")])
 
 
 def base_models(record: Mapping[str, Any]) -> list[str]:
@@ -62,10 +70,24 @@ def front_matter(card: str | None) -> Mapping[str, Any]:
     if card is None:
         return {}
     try:
-        facts: dict[str, Any] = RepoCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+        with silence():
+            facts: dict[str, Any] = RepoCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
     except Exception:  # cards are written by hand, and their parsers fail in many ways
         return {}
-    return facts
+    return {**facts, "language": _languages(facts.get("language"))}
+
+
+def _languages(value: Any) -> Any:
+    """Languages, with Norwegian in its place, which YAML 1.1 reads as the word no."""
+    if isinstance(value, list):
+        return [_languages(one) for one in value]
+    return "no" if value is False else value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a fact is what the Hub takes, text or a list of texts."""
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(one, str) and one for one in texts)
 
 
 def _card(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
@@ -79,10 +101,56 @@ def _merged(record: Mapping[str, Any]) -> Iterator[str]:
     at = f" at `{record['base_commit']}`" if base else ""
     what = "adapters" if len(record["adapters"]) > 1 else "adapter"
     yield f"{_link(base) if base else 'A local model'}{at} with the {what} below merged into its weights:"
-    yield "`W0 + Σ weight · scale · B·A`, summed in float32 and rounded once."
+    if _method(record).is_linear:
+        yield "`W0 + Σ weight · scale · B·A`, summed in float32 and rounded once."
+    else:
+        yield f"what they change is combined {_rule(record)}, added in float32 and rounded once."
+    yield from _factors(record)
+
+
+def _mixed(record: Mapping[str, Any]) -> Iterator[str]:
+    """How the adapters of a mix were put together, if it says so."""
+    method, several = _method(record), len(record.get("adapters", ())) > 1
+    if several and method.is_linear:
+        yield "It does the sum of what the adapters below do, each times its weight."
+    elif several:
+        yield f"It does what the adapters below do, combined {_rule(record)}."
+    yield from _factors(record)
+    cut = [f"{name} {value:g}" for name, value in record.get("criterion", {}).items()]
+    if cut:
+        yield f"As much of it is kept as was asked for: {', '.join(cut)}."
+
+
+def _method(record: Mapping[str, Any]) -> Method:
+    return Method(**record.get("method", {}))
+
+
+def _rule(record: Mapping[str, Any]) -> str:
+    options = _method_options(_method(record))
+    facts = ", ".join(f"{name} {value}" for name, value in options.items())
+    return f"by `{_method(record).name}`" + (f" ({facts})" if facts else "")
+
+
+def _method_options(method: Method) -> dict[str, str]:
+    """The options that bear on what a method makes, by their names."""
+    options: dict[str, str] = {}
+    if not method.is_additive:
+        options |= {"density": repr(method.density), "space": method.space}
+    if method.draws:
+        options["seed"] = str(method.seed)
+    if method.elects:
+        options["sign"] = method.sign
+    return options
+
+
+def _factors(record: Mapping[str, Any]) -> Iterator[str]:
+    if record.get("weights"):
+        yield "The weights of some modules were multiplied by factors of their own."
 
 
 def _adapters(record: Mapping[str, Any]) -> Iterator[str]:
+    if not record.get("adapters"):
+        return
     yield "| Adapter | Revision | Weight | Kind | Rank | Scale |"
     yield "|---|---|---|---|---|---|"
     for one in record.get("adapters", ()):
@@ -93,7 +161,7 @@ def _adapters(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def _rest(record: Mapping[str, Any], survival: Survival | None) -> Iterator[str]:
+def _rest(record: Mapping[str, Any], survival: Survival | None, where: str) -> Iterator[str]:
     if survival is not None and survival.total is not None:
         yield ""
         yield (
@@ -105,7 +173,7 @@ def _rest(record: Mapping[str, Any], survival: Survival | None) -> Iterator[str]
         yield from ("", "To make it again:", "", "```", command, "```")
     yield ""
     made = f"Made by {PROJECT} {record['lorasmith']} with torch {record['torch']}."
-    yield f"{made} `lorasmith.json` has the digests of all inputs." if "plan" in record else made
+    yield f"{made} {where} has the digests of all inputs." if "plan" in record else made
 
 
 def _command(record: Mapping[str, Any]) -> str | None:
@@ -113,12 +181,21 @@ def _command(record: Mapping[str, Any]) -> str | None:
     inputs = [one for one in record.get("adapters", ()) if "repo" in one]
     if "base_repo" not in record or len(inputs) < len(record.get("adapters", ())):
         return None
-    weights = ["" if one["weight"] == 1 else f":{one['weight']:g}" for one in inputs]
+    patterns: list[str] = list(record.get("weights", ()))
+    if any(one["repo"] in pattern for one in inputs for pattern in patterns):
+        return None  # a pattern for one adapter, by what it was called then
+    weights = ["" if one["weight"] == 1 else f":{one['weight']!r}" for one in inputs]
     names = [_name(record, "base_"), *(_name(one, "") + weight for one, weight in zip(inputs, weights, strict=True))]
-    options = "" if record.get("dtype", "keep") == "keep" else f" --dtype {record['dtype']}"
-    if record.get("max_shard_size"):
-        options += f" --max-shard-size {record['max_shard_size']}"
-    return f"lorasmith merge {' '.join(names)} -o merged{options}"
+    method, options = _method(record), [text for pattern in patterns for text in ("--weights", pattern)]
+    if not method.is_linear:
+        options += ["--method", method.name]
+        options += [text for name, value in _method_options(method).items() for text in (f"--{name}", value)]
+    for name, usual in (("dtype", "keep"), ("device", "cpu"), ("max_shard_size", None)):
+        if record.get(name, usual) != usual:
+            options += [f"--{name.replace('_', '-')}", str(record[name])]
+    if record.get("allow_overflow"):
+        options.append("--allow-overflow")
+    return shlex.join(["lorasmith", "merge", *names, "-o", "merged", *options])
 
 
 def _name(facts: Mapping[str, Any], prefix: str) -> str:

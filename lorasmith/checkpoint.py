@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,7 +196,7 @@ def _no_weights(folder: str, names: list[str]) -> LorasmithError:
 
 def model_files(folder: Folder) -> list[str]:
     """The names of the files that a model in a folder consists of: its weights, as transformers would load them, and
-    what belongs to them. No weights are read.
+    what belongs to them. No weights are read. Raises MissingFile where shards are not there.
     """
     names = folder.names()
     config = read_json(folder.here("config.json")) if "config.json" in names else {}
@@ -204,6 +204,7 @@ def model_files(folder: Folder) -> list[str]:
     shards = [weights]
     if weights.endswith(".index.json"):
         shards = sorted(_placed(folder, weights, read_json(folder.here(weights))))
+        _require_shards(folder, weights, shards)
     return [*dict.fromkeys([*shards, weights, *_side_files(folder, shards)])]
 
 
@@ -229,12 +230,7 @@ def _open_shards(
     placed = _placed(folder, index_name, index)
     weight_map = index["weight_map"]
     files = sorted(placed)
-    missing = [name for name in files if not folder.has(name)]
-    if missing:
-        raise MissingFile(
-            f"{where} names {len(missing)} of {len(files)} shards that are not there: {listed(missing)}; "
-            "the download is incomplete"
-        )
+    _require_shards(folder, index_name, files)
     read = folder.all_weights(files)
     shards = tuple(header for header, _ in read)
     for file, header in zip(files, shards, strict=True):
@@ -250,6 +246,16 @@ def _open_shards(
                 f"{where} places {listed(sorted(strays))} in another shard than {file}, which holds it as well"
             )
     return shards, tuple(note for _, notes in read for note in notes)
+
+
+def _require_shards(folder: Folder, index_name: str, files: Sequence[str]) -> None:
+    missing = [name for name in files if not folder.has(name)]
+    if missing:
+        where = os.path.join(folder.name, index_name)
+        raise MissingFile(
+            f"{where} names {len(missing)} of {len(files)} shards that are not there: {listed(missing)}; "
+            "the model was not downloaded, or not uploaded, completely"
+        )
 
 
 def _is_readable(name: str) -> bool:

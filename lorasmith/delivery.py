@@ -18,7 +18,7 @@ from lorasmith.execution import sources as sources_of
 from lorasmith.execution.workplace import Workplace
 from lorasmith.hub.writing import check_writable, require_valid
 from lorasmith.jsonfile import open_regular
-from lorasmith.pushing import CARD, Upload, read_card, target, untouched
+from lorasmith.pushing import CARD, Upload, read_card, require_pushed, target, untouched
 from lorasmith.records import Output, Plan, Progress, Pushed, Survival, Write
 from lorasmith.sidefiles import PROVENANCE
 from lorasmith.sources import Sources, side_paths
@@ -45,9 +45,8 @@ class Delivery:
     ) -> None:
         if out is None and push is None:
             raise BadOption("say where the result goes: -o/--out OUT, --push REPO, or both")
-        given = [name for name, value in {**options, "card": card}.items() if value]
-        if push is None and given:
-            raise BadOption(f"--{given[0].replace('_', '-')} is for --push, which was not given")
+        if push is None:
+            require_pushed(**options, card=card)
         self._sources = sources
         self._out = out
         self._target = None if push is None else target(push, **options)
@@ -207,7 +206,14 @@ class Delivery:
         title = self._target.repo.rsplit("/", 1)[1]
         library = "transformers" if any(one.name == "config.json" for one in self._plan.side_files) else None
         record = provenance(self._plan)
-        return model_card(record, title, survival=survival, base_card=self._base_card(), library=library)
+        return model_card(
+            record,
+            title,
+            survival=survival,
+            base_card=self._base_card(),
+            library=library,
+            single_file=self._plan.single_file,
+        )
 
     def _base_card(self) -> str | None:
         """The text of the base's own card."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,8 @@ def extract(
     threads: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ExtractReport:
     """Make an adapter of what a fully tuned model has that its base has not.
@@ -59,14 +62,15 @@ def extract(
     has not is left out. ``dtype`` is that of the factors, ``device`` (``cpu``, ``cuda``, ``cuda:N``, ``auto``) what
     computes the products.
 
-    Both may be names on the Hub. ``out`` becomes a PEFT folder, or one file if it ends in .safetensors; without it, the
-    report's ``adapter`` is the result, in a file that goes when nobody has it any more. ``dry_run`` computes everything
-    and keeps nothing. Raises a ``LorasmithError``; nothing appears at ``out`` before all of it is written.
+    Both may be names on the Hub; ``token`` and ``endpoint`` are the client's own by default. ``out`` becomes a PEFT
+    folder, or one file if it ends in .safetensors; without it, the report's ``adapter`` is the result, in a file that
+    goes when nobody has it any more. ``dry_run`` computes everything and keeps nothing. Raises a ``LorasmithError``;
+    nothing appears at ``out`` before all of it is written.
     """
     criterion = Criterion(rank=rank, energy=energy, max_error=max_error)
     _require_sense(criterion, embeddings, dtype)
     run = _Run(criterion, BY_OPTION[dtype], resolve(device), threads or default_threads(), progress, time.monotonic())
-    sources = Sources(), Sources()
+    sources = Sources(endpoint, token), Sources(endpoint, token)
     models = sources[0].open_base(os.fspath(base)), sources[1].open_base(os.fspath(tuned))
     place = None if out is None else os.fspath(out)
     if place is not None:
@@ -270,18 +274,29 @@ def _copy(file: AdapterFile, wholes: Iterable[Whole]) -> None:
 def _config(job: _Job, ranks: Mapping[str, int]) -> dict[str, Any]:
     names = job.base.config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    said = job.base.config.get("_name_or_path")
     return config_of(
         ranks,
         ranks,
         job.tuning.targets(ranks.keys()),
         # of other tasks, PEFT takes the head for one of modules_to_save, whether it has changed or not
         task_type="CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None,
-        names_base=said if isinstance(said, str) and said else os.path.basename(os.path.abspath(job.base.path)),
+        names_base=_name_of(job.base),
         bias=job.tuning.bias,
         fan_in_fan_out=job.tuning.fan_in_fan_out,
         saved=job.tuning.saved,
     )
+
+
+def _name_of(base: Checkpoint) -> str:
+    """What PEFT is to load a base by: its repository, what its config says, or its folder's name."""
+    if base.origin is not None:
+        return base.origin.repo
+    path = os.path.abspath(base.path).replace(os.sep, "/")
+    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", path)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    said = base.config.get("_name_or_path")
+    return said if isinstance(said, str) and said else os.path.basename(path)
 
 
 def _tokenizer(base: Checkpoint, tuned: Checkpoint) -> Sequence[SideFile]:

@@ -93,7 +93,7 @@ def merge(
     is written. May be called from several threads at once, for different outputs.
     """
     started = time.monotonic()
-    sources = Sources(endpoint, token)
+    sources = Sources(endpoint, token, stream=stream)
     delivery = Delivery(
         sources,
         None if out is None else os.fspath(out),

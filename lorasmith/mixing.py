@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,11 +22,11 @@ from lorasmith.combining.combined import read_factor
 from lorasmith.deltas.dora import Dora
 from lorasmith.deltas.low_rank import Factor
 from lorasmith.dtypes import BY_OPTION, torch_dtype
-from lorasmith.errors import BadOption, listed
+from lorasmith.errors import BadOption, LorasmithError, listed
 from lorasmith.execution import default_threads
 from lorasmith.execution.destination import check_output
 from lorasmith.execution.torchthreads import in_order
-from lorasmith.hub.writing import check_writable
+from lorasmith.hub.writing import Target, check_writable, require_valid
 from lorasmith.lowrank import Criterion, allocate
 from lorasmith.mixfile import Job, write
 from lorasmith.mixreport import report_mix
@@ -98,18 +100,37 @@ def mix(
         return _mix(weighted(adapters), request, run, sources, patterns=tuple(weights), prefer=prefer, base=base)
 
     if push is None:
+        pushing.require_pushed(
+            revision=revision, private=private, create_pr=create_pr, commit_message=commit_message, card=card
+        )
         return make(out)
     to = pushing.target(push, revision=revision, private=private, create_pr=create_pr, commit_message=commit_message)
     if out is not None and is_file(os.fspath(out)):
         raise BadOption(f"a repository holds an adapter in a folder; give one as output, not the file {os.fspath(out)}")
     check_writable(sources.hub, to)
+    if card is not None:
+        require_valid(sources.hub, to, pushing.read_card(card))
     if dry_run:
         return make(out)
     with tempfile.TemporaryDirectory(prefix="lorasmith-") as folder:
         place = os.path.join(folder, "mixed") if out is None else os.fspath(out)
         report = make(place)
-        pushed = pushing.send(sources.hub, to, place, card=card, message=f"Mix {len(report.adapters)} adapters")
+        message = f"Mix {len(report.adapters)} adapters"
+        with contextlib.nullcontext() if out is None else _staying(place, to, card):
+            pushed = pushing.send(sources.hub, to, place, card=card, message=message)
     return replace(report, out=f"hf://{to.repo}" if out is None else report.out, pushed=pushed)
+
+
+@contextlib.contextmanager
+def _staying(out: str, to: Target, card: Path | None) -> Iterator[None]:
+    """Let an error of a push say that the result is there all the same, and the command that pushes it."""
+    try:
+        yield
+    except LorasmithError as error:
+        what = str(error).partition("; run the same command again")[0]
+        command = shlex.join(["lorasmith", "push", out, to.repo, *pushing.options_of(to, card)])
+        error.args = (*error.args[:-1], f"{what}; the mix is complete in {out}: {command}")
+        raise
 
 
 def resize(
@@ -127,6 +148,8 @@ def resize(
     threads: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> MixReport:
     """Give an adapter other ranks, with the least error there is: see ``mix`` for the arguments.
@@ -138,15 +161,17 @@ def resize(
     if not criterion:
         raise BadOption("how much of the adapter is kept? Give --rank, --energy, --max-error, --params or --sv-...")
     run = _Run(out, dtype, threads, overwrite, dry_run, progress)
-    return _mix(weighted((adapter, 1.0)), Request(criterion=criterion), run, Sources())
+    return _mix(weighted((adapter, 1.0)), Request(criterion=criterion), run, Sources(endpoint, token))
 
 
-def interference(adapters: AdapterArguments) -> tuple[Interference, ...]:
+def interference(
+    adapters: AdapterArguments, *, token: str | None = None, endpoint: str | None = None
+) -> tuple[Interference, ...]:
     """What every two of several adapters are to each other, in the modules that both change.
 
-    Only products count, of DoRA its direction; no base is needed.
+    Only products count, of DoRA its direction; no base is needed. ``token`` and ``endpoint`` are for names on the Hub.
     """
-    sources = Sources()
+    sources = Sources(endpoint, token)
     pairs = [(sources.read_adapter(one.given), one.weight) for one in weighted(adapters)]
     low = [
         (replace(adapter, deltas=tuple(one for one in adapter.deltas if one.delta.low_rank())), weight)

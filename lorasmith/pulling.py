@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from lorasmith.execution.destination import check_output
+from lorasmith.errors import OutputExists
+from lorasmith.execution.destination import check_output, is_empty
 from lorasmith.execution.renaming import remove
 from lorasmith.execution.workplace import claim
 from lorasmith.sources import Sources
@@ -32,6 +33,9 @@ def pull(
     if out is None:
         sources.hub.fetch(snapshot, names)
         return os.path.join(snapshot.folder, *snapshot.origin.inside.split("/")).rstrip(os.sep)
+    target = os.path.realpath(out)
+    if os.path.lexists(target) and not is_empty(target):
+        raise OutputExists(f"{os.fspath(out)} exists already; choose another output, or remove it yourself")
     inputs = [os.path.dirname(os.path.dirname(snapshot.folder))]
     check_output(os.fspath(out), inputs, single_file=False, overwrite=False)
     with claim(os.fspath(out), overwrite=False) as place:

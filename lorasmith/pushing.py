@@ -13,11 +13,11 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasmith.card import adapter_card, model_card
 from lorasmith.checkpoint import TOKENIZER_FILES, model_files, require_path
-from lorasmith.errors import BadFile, BadOption, HubFailed
+from lorasmith.errors import BadFile, BadOption, HubFailed, LorasmithError
 from lorasmith.folders import OnDisk, names_in
 from lorasmith.formats import ADAPTER_FILES, adapter_file
 from lorasmith.hub import Hub, reference
@@ -28,6 +28,7 @@ from lorasmith.hub.writing import (
     commit,
     copy_of,
     deletion_of,
+    exists,
     files_at,
     is_small,
     prepare,
@@ -48,7 +49,7 @@ SENT = "sent"
 """The file in which an upload notes what was sent."""
 
 WEIGHTS = re.compile(r"(.*/)?((.+\.safetensors|pytorch_model.*\.bin|adapter_model\.bin)(\.index\.json)?)")
-"""Weights that transformers or PEFT would load; those that an earlier push left are in the way of others."""
+"""Weights that transformers or PEFT would load; those that an earlier push of a model left are in another's way."""
 
 
 def target(
@@ -63,7 +64,24 @@ def target(
     name = repo.removeprefix("hf://")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise BadOption(f"{repo!r} is no name of a repository to push to; write it like me/name")
+    if revision == "":
+        raise BadOption("the branch to push to is empty; is a variable of the script not set?")
     return Target(name, revision, private, create_pr, commit_message)
+
+
+def options_of(to: Target, card: str | os.PathLike[str] | None) -> list[str]:
+    """The options of the command line that say how to push, but for a token."""
+    values = {"--revision": to.revision, "--commit-message": to.message, "--card": None if card is None else str(card)}
+    flags = {"--private": to.private, "--create-pr": to.create_pr}
+    given = [text for name, value in values.items() if value is not None for text in (name, value)]
+    return [*given, *(name for name, value in flags.items() if value)]
+
+
+def require_pushed(**options: Any) -> None:
+    """Raise BadOption if one of the options is given that say how to push, where nothing is to be pushed."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise BadOption(f"--{given[0].replace('_', '-')} is for --push, which was not given")
 
 
 class Upload:
@@ -213,10 +231,21 @@ def _noted(file: str, heading: Mapping[str, object]) -> Iterator[tuple[str, int,
 
 
 def left_overs(there: Collection[str], names: Collection[str]) -> list[Operation]:
-    """Deletions of weights that would be loaded instead of, or beside, those that are pushed."""
-    if not any(WEIGHTS.fullmatch(name) for name in names):
+    """Deletions of what would be loaded instead of, or beside, the weights that are pushed; none for a bare file.
+
+    transformers takes a repository with the config of an adapter for that adapter, whatever weights it has besides.
+    """
+    content = {name for name in names if name != CARD}
+    if len(content) < 2 or not any(WEIGHTS.fullmatch(name) for name in names):
         return []
-    return [deletion_of(name) for name in there if WEIGHTS.fullmatch(name) and name not in names and "/" not in name]
+    is_adapter = any(name in names for name in (*ADAPTER_FILES, ADAPTER_CONFIG))
+
+    def is_in_the_way(name: str) -> bool:
+        if is_adapter:
+            return name in ADAPTER_FILES
+        return name == ADAPTER_CONFIG or (WEIGHTS.fullmatch(name) is not None and "/" not in name)
+
+    return [deletion_of(name) for name in there if name not in names and is_in_the_way(name)]
 
 
 def untouched(plan: Plan) -> dict[str, str]:
@@ -259,7 +288,8 @@ def push(
 def send(hub: Hub, to: Target, path: str, *, card: str | os.PathLike[str] | None, message: str) -> Pushed:
     """Push what is at a path to a target; ``push`` says how."""
     files: dict[str, str | bytes] = dict(files_of(path))
-    text = read_card(card) if card is not None else None if CARD in files else _card_of(path, to.repo)
+    given = card if card is not None else files.get(CARD)
+    text = _card_of(hub, path, to.repo) if given is None else read_card(os.fsdecode(given))
     if text is not None:
         require_valid(hub, to, text)
         files[CARD] = text.encode()
@@ -296,16 +326,31 @@ def files_of(path: str) -> Iterator[tuple[str, str]]:
     yield from ((name, file) for name, file in found.items() if os.path.isfile(file))
 
 
-def _card_of(path: str, repo: str) -> str | None:
+def _card_of(hub: Hub, path: str, repo: str) -> str | None:
     """A card that tells what the provenance of a result tells; None without that."""
     file = os.path.join(path, PROVENANCE)
     if not os.path.isfile(file):
         return None
     record = read_json(file)
     title = repo.rsplit("/", 1)[1]
-    if not os.path.isfile(os.path.join(path, ADAPTER_CONFIG)):
-        return model_card(record, title, library="transformers" if "base" in record else None)
-    config = read_json(os.path.join(path, ADAPTER_CONFIG))
-    base, task = config.get("base_model_name_or_path"), config.get("task_type")
-    known = isinstance(base, str) and base and not os.path.exists(base) and reference(base) is not None
-    return adapter_card(record, title, base=base if known else None, task=task if isinstance(task, str) else None)
+    try:
+        if not os.path.isfile(os.path.join(path, ADAPTER_CONFIG)):
+            return model_card(record, title, library="transformers" if "base" in record else None)
+        config = read_json(os.path.join(path, ADAPTER_CONFIG))
+        base, task = config.get("base_model_name_or_path"), config.get("task_type")
+        return adapter_card(record, title, base=_repo_of(hub, base), task=task if isinstance(task, str) else None)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, LorasmithError):
+            raise
+        raise BadFile(f"{file} is not as lorasmith writes it; give a model card with --card, or remove it") from error
+
+
+def _repo_of(hub: Hub, base: object) -> str | None:
+    """The repository that an adapter's config names as its base; None if it names none, or none that is there."""
+    if not isinstance(base, str) or not base:
+        return None
+    try:
+        named = reference(base, hub.api.endpoint)
+    except BadOption:
+        return None
+    return named.repo if named is not None and exists(hub, named.repo) else None

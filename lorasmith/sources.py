@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -38,10 +39,13 @@ SIDE_BY_SIDE = 8
 
 
 class OnHub:
-    """A folder of a repository at one commit; its files come into the shared cache when they are asked for."""
+    """A folder of a repository at one commit; its files come into the shared cache when they are asked for.
 
-    def __init__(self, hub: Hub, snapshot: Snapshot, inside: str) -> None:
-        self._hub, self._snapshot, self._inside = hub, snapshot, inside
+    Of one that ``passes`` no weights are to stay there, so that what was pickled is refused.
+    """
+
+    def __init__(self, hub: Hub, snapshot: Snapshot, inside: str, *, passes: bool = False) -> None:
+        self._hub, self._snapshot, self._inside, self._passes = hub, snapshot, inside, passes
         self.name = str(snapshot.origin)
         self.path = os.path.join(snapshot.folder, *inside.split("/")) if inside else snapshot.folder
 
@@ -74,8 +78,17 @@ class OnHub:
         if not os.path.exists(path) and name.endswith(".safetensors"):
             size = self._snapshot.files[self.at(name)].size
             return parse_header(path, self._hub.reader(self._snapshot, self.at(name)), size, 0), ()
+        if self._passes and not name.endswith(".safetensors"):
+            raise BadOption("--stream needs safetensors; pickled weights are downloaded whole to be read")
         header, notes = read_weights(self.here(name))
         return replace(header, mtime_ns=0), notes
+
+    def with_weights(self) -> list[str]:
+        """The folders inside that have weights, as they are to be named; none if it has some itself."""
+        start = self.at("") + "/" if self._inside else ""
+        files = [name[len(start) :] for name in self._snapshot.files if name.startswith(start)]
+        places = sorted({os.path.dirname(name) for name in files if name.endswith((".safetensors", ".bin"))})
+        return [] if "" in places else [f"{self.name.rstrip('/')}/{place}" for place in places]
 
     def all_weights(self, names: Sequence[str]) -> list[tuple[Header, tuple[str, ...]]]:
         """The headers of several files, asked for side by side."""
@@ -93,11 +106,11 @@ class OnHub:
 class Sources:
     """Opens what a run is made from, and fetches of the base what it reads.
 
-    ``base`` is the snapshot of a base that is on the Hub, once it was opened.
+    ``base`` is the snapshot of a base that is on the Hub, once it was opened; it passes through if ``stream``.
     """
 
-    def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
-        self._endpoint, self._token = endpoint, token
+    def __init__(self, endpoint: str | None = None, token: str | None = None, *, stream: bool = False) -> None:
+        self._endpoint, self._token, self._streams = endpoint, token, stream
         self.base: Snapshot | None = None
 
     @cached_property
@@ -111,23 +124,33 @@ class Sources:
 
     def require(self, path: str) -> None:
         """Raise MissingFile for a path that is not there; names on the Hub are asked for later."""
-        if self.reference(path) is None:
+        if self.reference(path) is not None:
+            return
+        try:
             require_path(path)
+        except MissingFile as error:
+            name = path.rstrip("/")
+            if reference(name, self._endpoint, or_path=False) is None:
+                raise
+            raise MissingFile(f"{error}; if {name} on the Hub is meant, write hf://{name}") from None
 
     def open_base(self, path: str) -> Checkpoint:
         """Open a base by its headers, as ``open_checkpoint`` does; of one on the Hub, no tensor is fetched."""
+        self.require(path)
         named = self.reference(path)
         if named is None:
             return open_checkpoint(path)
         snapshot = self.base = self.hub.open(named)
         inside, _, name = named.inside.rpartition("/")
         if named.inside in snapshot.files:
-            bare = open_file(OnHub(self.hub, snapshot, inside), name, str(snapshot.origin))
+            folder = OnHub(self.hub, snapshot, inside, passes=self._streams)
+            bare = open_file(folder, name, str(snapshot.origin))
             return checked(replace(bare, origin=snapshot.origin))
-        folder = OnHub(self.hub, snapshot, named.inside)
+        folder = OnHub(self.hub, snapshot, named.inside, passes=self._streams)
         if not folder.names():
             raise _nothing_inside(snapshot)
-        opened = open_folder(folder)
+        with _choices(folder):
+            opened = open_folder(folder)
         known = {
             os.path.join(snapshot.folder, *name.split("/")): (file.size, file.digest)
             for name, file in snapshot.files.items()
@@ -154,23 +177,27 @@ class Sources:
         folder = OnHub(self.hub, snapshot, inside)
         if not folder.names():
             raise _nothing_inside(snapshot)
-        own = name or adapter_file(folder)
+        with _choices(folder):
+            own = name or adapter_file(folder)
         beside = (ADAPTER_CONFIG, *(() if name else TOKENIZER_FILES))
         return [folder.at(own), *(folder.at(one) for one in beside if folder.is_file(one))]
 
     def needed(self, path: str, beside: Sequence[str]) -> tuple[Snapshot, list[str]]:
         """A model or an adapter on the Hub, and the names of the files that it consists of, with others beside it."""
-        named = self.reference(path)
+        named = reference(path, self._endpoint, or_path=False)
         if named is None:
             raise BadOption(f"{path!r} is no name on the Hub; write it like org/name, or hf://org/name")
         snapshot = self.hub.open(named)
         folder = OnHub(self.hub, snapshot, named.inside)
         if named.inside in snapshot.files:
             return snapshot, [named.inside]
+        if not folder.names():
+            raise _nothing_inside(snapshot)
         also = [folder.at(name) for name in beside if folder.is_file(name)]
         if any(folder.is_file(name) for name in (ADAPTER_CONFIG, *ADAPTER_FILES)):
             return snapshot, [*self._adapter_files(snapshot), *also]
-        return snapshot, [*map(folder.at, model_files(folder)), *also]
+        with _choices(folder):
+            return snapshot, [*map(folder.at, model_files(folder)), *also]
 
     def beside_base(self, name: str, path: str) -> str | None:
         """The path of another file of the base's folder or repository, fetched if need be; None if it has none."""
@@ -221,6 +248,18 @@ class Sources:
         assert self.base is not None
         assert name is not None
         return self.hub.fetch_into(self.base, name, folder, stopped)
+
+
+@contextlib.contextmanager
+def _choices(folder: OnHub) -> Iterator[None]:
+    """Let an error about a folder without weights name those inside it that have some."""
+    try:
+        yield
+    except MissingFile as error:
+        inner = folder.with_weights()
+        if not inner or inner[0] in str(error):
+            raise
+        raise MissingFile(f"{error} There are weights in {listed(inner, 10)}: name the one you mean") from None
 
 
 def _nothing_inside(snapshot: Snapshot) -> LorasmithError:

@@ -114,8 +114,10 @@ class Fault:
 class Answer(Exception):
     """Ends the handling of a request early."""
 
-    def __init__(self, status: int, code: str | None = None, message: str | None = None) -> None:
-        self.status, self.code, self.message = status, code, message
+    def __init__(
+        self, status: int, code: str | None = None, message: str | None = None, location: str | None = None
+    ) -> None:
+        self.status, self.code, self.message, self.location = status, code, message, location
 
 
 class Hub:
@@ -297,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Answer as answer:
             with contextlib.suppress(OSError):
                 self._body()
-            headers = {"X-Error-Code": answer.code, "X-Error-Message": answer.message}
+            headers = {"X-Error-Code": answer.code, "X-Error-Message": answer.message, "Location": answer.location}
             self._send(answer.status, b"", {key: value for key, value in headers.items() if value})
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
@@ -361,8 +363,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, name: str) -> Repository:
         if name in self.hub.renamed:
-            self._send(307, b"", {"Location": self.path.replace(name, self.hub.renamed[name], 1)})
-            raise ConnectionResetError
+            raise Answer(307, location=self.path.replace(name, self.hub.renamed[name], 1))
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and self.token is None):
             raise Answer(404 if self.token else 401, "RepoNotFound", "Repository not found")
@@ -461,11 +462,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._require_writer()
         facts = self._json()
         name = f"{facts['organization'] or 'me'}/{facts['name']}"
+        self.hub.renamed.pop(name, None)  # a new repository takes the place of what led to the old one
         there = name in self.hub.repositories
         if not there:
             made = self.hub.repositories[name] = Repository(private=facts.get("visibility") == "private")
             made.commit({".gitattributes": self.hub.keep(".gitattributes", b"")}, "main", "initial commit")
         self._answer({"url": f"{self.hub.url}/{name}", "id": name}, status=409 if there else 200)
+
+    def branch(self, name: str, branch: str) -> None:
+        self._require_writer()
+        repository = self._repository(name)
+        if branch.startswith("refs/"):
+            raise Answer(400, None, "Invalid reference for a branch")
+        if branch in repository.refs:
+            raise Answer(409, None, "Reference already exists")
+        repository.refs[branch], _ = self._commit(name, (self._json() or {}).get("startingPoint", ""))
+        self._answer({}, status=201)
 
     def validate(self) -> None:
         content = self._json()["content"]
@@ -572,6 +584,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., None]], ...] = (
     ("POST", rf"/api/models/{_NAME}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
     ("POST", rf"/api/models/{_NAME}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     ("POST", rf"/api/models/{_NAME}/commit/(?P<revision>[^/]+)", _Handler.commit),
+    ("POST", rf"/api/models/{_NAME}/branch/(?P<branch>[^/]+)", _Handler.branch),
     ("POST", rf"/api/models/{_NAME}/lfs-files/duplicate", _Handler.duplicate),
     ("GET", rf"/api/models/{_NAME}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),

@@ -194,6 +194,23 @@ def test_an_adapter_may_lie_in_a_sub_folder(hub: Hub, at: dict[str, str], made: 
         lorasmith.plan("org/base", "me/many/tone", **at)
 
 
+def test_where_only_sub_folders_have_weights_these_are_named(
+    hub: Hub, at: dict[str, str], made: Path, tmp_path: Path
+) -> None:
+    for name in ("runs/a/final", "runs/b/final"):
+        shutil.copytree(made / "lora", tmp_path / "many" / name)
+    commit = hub.add("me/many", tmp_path / "many")
+    for inside in ("", "/runs"):
+        named = rf"There are weights in me/many@{commit}/runs/a/final, me/many@{commit}/runs/b/final: name the"
+        with pytest.raises(lorasmith.MissingFile, match=named):
+            lorasmith.plan("org/base", "me/many" + inside, **at)
+        with pytest.raises(lorasmith.MissingFile, match=named):
+            lorasmith.plan("me/many" + inside, "me/lora", **at)
+        with pytest.raises(lorasmith.MissingFile, match=named):
+            lorasmith.pull("me/many" + inside, tmp_path / "out", **at)
+    assert lorasmith.plan("org/base", f"me/many@{commit}/runs/a/final", **at).tensors_merged == 14
+
+
 def test_single_files_of_a_repository_are_read(hub: Hub, at: dict[str, str], made: Path, tmp_path: Path) -> None:
     write_base(tmp_path / "one", bases(SIZES), sizes=SIZES)
     hub.add("org/one", tmp_path / "one")
@@ -342,10 +359,13 @@ def test_a_pickled_base_is_fetched_to_be_read(hub: Hub, at: dict[str, str], made
     shutil.copytree(made / "base", tmp_path / "old", ignore=shutil.ignore_patterns("model*"))
     torch.save(bases(SIZES), tmp_path / "old" / "pytorch_model.bin")
     hub.add("org/old", tmp_path / "old")
+    with pytest.raises(lorasmith.BadOption, match="--stream needs safetensors"):
+        lorasmith.merge("org/old", "me/lora", tmp_path / "streamed", stream=True, **at)
+    assert hub.asked("GET", r"\.bin$") == []
     lorasmith.merge("org/old", "me/lora", tmp_path / "out", **at)
     lorasmith.merge(tmp_path / "old", made / "lora", tmp_path / "wanted")
     assert same(tmp_path / "out", tmp_path / "wanted")
-    with pytest.raises(lorasmith.BadOption, match="safetensors"):
+    with pytest.raises(lorasmith.BadOption, match="--stream needs safetensors"):
         lorasmith.merge("org/old", "me/lora", tmp_path / "streamed", stream=True, **at)
 
 
@@ -362,6 +382,24 @@ def test_a_download_that_fails_for_a_while_goes_on(
     assert sum(one.sent for one in hub.asked("GET", SHARD) if one.span != "bytes=0-65535") <= sizes + (1 << 16)
 
 
+def test_a_header_that_breaks_off_is_asked_for_again(hub: Hub, at: dict[str, str]) -> None:
+    hub.fault("GET", r"/org/base/resolve/.*model-00002", drop_after=100, times=2)
+    plan = lorasmith.plan("org/base", "me/lora", **at)
+    assert plan.tensors_merged == 14
+    hub.fault("GET", r"/org/base/resolve/.*model-00002", drop_after=100, times=99)
+    with pytest.raises(lorasmith.HubFailed, match="cannot be reached for org/base"):
+        lorasmith.plan("org/base", "me/lora", **at)
+
+
+def test_a_listing_that_breaks_off_is_told_on_one_line(
+    hub: Hub, at: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fault("GET", r"/org/base/tree/", drop_after=10, times=99)
+    with pytest.raises(lorasmith.HubFailed, match="cannot be reached for org/base"):
+        lorasmith.plan("org/base", "me/lora", **at)
+
+
 def test_an_extraction_takes_names(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
     hub.add("me/merged", made / "merged")
     run("extract", "org/base", "me/merged", "-o", "by-names", "--rank", "4", "-q")
@@ -370,11 +408,39 @@ def test_an_extraction_takes_names(hub: Hub, run: Run, made: Path, tmp_path: Pat
     assert ours == wanted
 
 
+def test_an_extraction_names_the_base_as_peft_finds_it(
+    hub: Hub, at: dict[str, str], run: Run, made: Path, tmp_path: Path
+) -> None:
+    hub.add("me/merged", made / "merged")
+    for number, base in enumerate(("org/base@main", lorasmith.pull("org/base", **at))):
+        run("extract", base, "me/merged", "-o", f"out{number}", "--rank", "1", "-q")
+        facts = json.loads((tmp_path / f"out{number}" / "adapter_config.json").read_text())
+        assert facts["base_model_name_or_path"] == "org/base"
+    assert run("merge", "org/base", "out0", "-o", "again", "-q").stderr == ""
+
+
 def test_a_resize_takes_a_name(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
     run("resize", "me/lora", "-o", "by-name", "--rank", "2", "-q")
     lorasmith.resize(made / "lora", tmp_path / "by-path", rank=2)
     ours, wanted = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("by-name", "by-path"))
     assert ours == wanted
+
+
+def test_a_token_is_taken_wherever_names_are(hub: Hub, at: dict[str, str], run: Run, made: Path) -> None:
+    hub.add("org/closed", made / "base", private=True)
+    hub.add("me/closed", made / "merged", private=True)
+    hub.add("me/closed-lora", made / "lora", private=True)
+    with_token = ("--token", READER, "-q")
+    for number, arguments in enumerate((
+        ("extract", "org/closed", "me/closed", "--rank", "1"),
+        ("resize", "me/closed-lora", "--rank", "1"),
+        ("mix", "me/closed-lora"),
+    )):  # fmt: skip
+        run(*arguments, "-o", f"out{number}", code=1, token="hf_nobody")
+        run(*arguments, "-o", f"out{number}", *with_token, token="hf_nobody")
+    lorasmith.extract("org/closed", "me/closed", rank=1, dry_run=True, **at)
+    lorasmith.resize("me/closed-lora", rank=1, dry_run=True, **at)
+    assert len(lorasmith.interference(["me/closed-lora", "me/closed-lora"], **at)) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ offline
@@ -475,6 +541,48 @@ def test_an_address_of_anything_else_is_wrong_usage(hub: Hub, run: Run, name: st
     assert hub.requests == []
 
 
+def test_a_login_in_an_address_is_not_shown(hub: Hub, run: Run, tmp_path: Path) -> None:
+    run("pull", "https://someone:hf_secret@huggingface.co/org/base", "-o", "pulled")
+    for address in ("huggingface.co/org/base/commit/abc", "example.com/org/base", "huggingface.co/datasets/a/b"):
+        done = run("merge", f"https://someone:hf_secret@{address}", "me/lora", "-o", "out", code=2)
+        assert "hf_secret" not in done.stdout + done.stderr
+    done = run("merge", "https://someone:hf_secret@huggingface.co/org/none", "me/lora", "-o", "out", code=1)
+    assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_a_path_that_is_not_there_may_have_been_meant_for_the_hub(hub: Hub, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "org").mkdir()
+    done = run("merge", "org/base", "me/lora", "-o", "out", code=1)
+    assert done.stderr == "Error: org/base does not exist; if org/base on the Hub is meant, write hf://org/base\n"
+    done = run("merge", "hf://org/base", "me/lora/", "-o", "out", code=1)
+    assert done.stderr.endswith("; if me/lora on the Hub is meant, write hf://me/lora\n")
+    done = run("merge", "./org/base", "me/lora", "-o", "out", code=1)
+    assert "Hub" not in done.stderr
+
+
+def test_a_revision_that_is_not_there_may_have_been_written_otherwise(hub: Hub, run: Run, made: Path) -> None:
+    hub.repositories["org/base"].refs["dev/new"] = commit = hub.repositories["org/base"].refs["main"]
+    for name in (f"org/base@{commit[:8]}", "org/base@dev/new"):
+        done = run("merge", name, "me/lora", "-o", "out", code=1)
+        assert re.search(r"has no branch, tag or commit .*\. Of a commit, all 40 digits .*%2F\n$", done.stderr)
+    run("merge", "org/base@dev%2Fnew", "me/lora", "-o", "out", "-q")
+
+
+@pytest.mark.parametrize(("token", "says"), [("", "is empty"), ("hf_two\nlines", "characters"), ("hf_ö", "characters")])
+def test_what_can_be_no_token_is_wrong_usage(hub: Hub, run: Run, token: str, says: str) -> None:
+    done = run("merge", "org/base", "me/lora", "-o", "out", "--token", token, code=2)
+    assert re.fullmatch(rf"Error: the token .*{says}.*\n", done.stderr)
+    assert "hf_" not in done.stderr
+    assert hub.requests == []
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder is made in it")
+    done = run("merge", "org/base", "me/lora", "-o", "out", code=1, HF_HOME=str(tmp_path / "file"))
+    assert re.fullmatch(r"Error: what is downloaded .* cannot be .*\(.*/file.*\); .*HF_HOME.*\n", done.stderr)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_hub_that_is_not_there_is_told_on_one_line(run: Run) -> None:
     done = run("merge", "org/base", "me/lora", "-o", "out", code=1, HF_ENDPOINT="http://127.0.0.1:9")
     assert re.fullmatch(
@@ -516,6 +624,20 @@ def test_pull_downloads_what_will_be_used_and_the_card(hub: Hub, run: Run, made:
     assert "pulled exists already" in done.stderr
 
 
+def test_a_model_that_lacks_a_shard_is_not_pulled(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "base", tmp_path / "part")
+    (tmp_path / "part" / "model-00002-of-00003.safetensors").unlink()
+    hub.add("me/part", tmp_path / "part")
+    done = run("pull", "me/part", "-o", "pulled", code=1)
+    assert re.fullmatch(
+        r"Error: me/part@\w+/model.safetensors.index.json names 1 of 3 shards that are not there: "
+        r"model-00002-of-00003.safetensors; .*\n",
+        done.stderr,
+    )
+    assert whole(hub, r"/me/part/resolve/.*safetensors$") == []
+    assert sorted(os.listdir(tmp_path)) == ["home", "part"]
+
+
 def test_pull_takes_an_adapter_out_of_a_sub_folder(hub: Hub, at: dict[str, str], made: Path, tmp_path: Path) -> None:
     for name in ("style", "facts"):
         shutil.copytree(made / "lora", tmp_path / "many" / name)
@@ -527,6 +649,19 @@ def test_pull_takes_an_adapter_out_of_a_sub_folder(hub: Hub, at: dict[str, str],
     assert sorted(os.listdir(cached)) == ["adapter_config.json", "adapter_model.safetensors"]
     with pytest.raises(lorasmith.BadOption, match="no name on the Hub"):
         lorasmith.pull(str(tmp_path / "many"), **at)
+    with pytest.raises(lorasmith.MissingFile, match="has nothing at 'fact'; it has facts, style"):
+        lorasmith.pull("me/many/fact", **at)
+
+
+def test_what_is_pulled_is_on_the_hub_whatever_is_here(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
+    hub.add("org/other", made / "base")
+    for name in ("org/base", "org/other"):
+        run("pull", name, "-o", name)
+    assert sorted(os.listdir(tmp_path / "org")) == ["base", "other"]
+    assert run("pull", "org/base").stdout.startswith(str(tmp_path / "home"))
+    done = run("pull", "org/base", "-o", "org/base", code=1)
+    assert "org/base exists already" in done.stderr
+    assert "--overwrite" not in done.stderr
 
 
 def test_a_pull_that_broke_off_goes_on(hub: Hub, at: dict[str, str], made: Path, tmp_path: Path) -> None:

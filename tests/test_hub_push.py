@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from generate import bases, sha256, tree, write_adapter, write_base, write_json
 from hub_server import READER, WRITER, Hub
 from huggingface_hub import ModelCard
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from test_hub import README, SCRIPT, SIZES, Run, home, run, whole
 
 import lorasmith
@@ -194,6 +195,66 @@ def test_weights_that_would_be_loaded_instead_are_removed_and_all_else_stays(
     assert pushed(hub).keys() == on_disk(made / "merged").keys() | kept
 
 
+def test_a_model_takes_the_place_of_the_adapter_that_a_repository_was_for(
+    hub: Hub, at: dict[str, str], made: Path, tmp_path: Path, home: Path
+) -> None:
+    shutil.copytree(made / "lora", tmp_path / "lora")
+    facts = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    write_json(tmp_path / "lora" / "adapter_config.json", {**facts, "base_model_name_or_path": "org/base"})
+    hub.add("me/lora", tmp_path / "lora")
+    lorasmith.merge("org/base", "me/lora", push="me/lora", **at)
+    assert pushed(hub, "me/lora").keys() == on_disk(made / "merged").keys()
+    lorasmith.push(made / "merged", "me/lora", **at)
+    code = "import transformers as t; print(type(t.AutoModelForCausalLM.from_pretrained('me/lora')))"
+    subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200,
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "theirs"), "HF_TOKEN": WRITER},
+    )  # fmt: skip
+
+
+def test_an_adapter_or_a_bare_file_takes_nothing_else_away(
+    hub: Hub, at: dict[str, str], made: Path, tmp_path: Path
+) -> None:
+    model = on_disk(made / "merged").keys()
+    hub.add("me/all", made / "merged")
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(made / "lora" / "adapter_config.json", tmp_path / "pickled")
+    torch.save({}, tmp_path / "pickled" / "adapter_model.bin")
+    lorasmith.push(tmp_path / "pickled", "me/all", **at)
+    assert pushed(hub, "me/all").keys() == model | {"adapter_config.json", "adapter_model.bin"}
+    lorasmith.push(made / "lora", "me/all", **at)
+    assert pushed(hub, "me/all").keys() == model | {"adapter_config.json", "adapter_model.safetensors"}
+    for name in ("style.safetensors", "facts.safetensors"):
+        shutil.copy(made / "lora" / "adapter_model.safetensors", tmp_path / name)
+        lorasmith.push(tmp_path / name, "me/many", **at)
+    assert pushed(hub, "me/many").keys() == {"style.safetensors", "facts.safetensors"}
+
+
+def test_what_goes_to_a_renamed_repository_goes_to_the_one_that_it_is_now(
+    hub: Hub, at: dict[str, str], made: Path
+) -> None:
+    hub.add("me/new", made / "lora")
+    hub.renamed["me/old"] = "me/new"
+    assert lorasmith.push(made / "merged", "me/old", **at).repo == "me/new"
+    assert pushed(hub, "me/new") == on_disk(made / "merged")
+    assert lorasmith.merge("org/base", "me/small", push="me/old", **at).pushed == lorasmith.Pushed(
+        "me/new", hub.repositories["me/new"].refs["main"], f"{hub.url}/me/new", None
+    )
+    assert "me/old" not in hub.repositories
+
+
+def test_a_branch_is_made_if_need_be(hub: Hub, run: Run, made: Path) -> None:
+    hub.add("me/merged", made / "lora")
+    main = hub.repositories["me/merged"].refs["main"]
+    done = run("push", made / "merged", "me/merged", "--revision", "dev/new", token=WRITER)
+    assert done.stdout.startswith(f"Pushed to {hub.url}/me/merged/tree/dev/new\n")
+    assert pushed(hub, revision="dev/new") == on_disk(made / "merged")
+    run("merge", "org/base", "me/small", "--push", "me/other", "--revision", "dev", token=WRITER)
+    assert same(hub, made / "merged-small", "me/other", "dev")
+    assert hub.repositories["me/merged"].refs["main"] == main
+    assert "is empty" in run("push", made / "merged", "me/merged", "--revision", "", code=2, token=WRITER).stderr
+
+
 # --------------------------------------------------------------------------------------------- what is transferred
 
 
@@ -294,14 +355,18 @@ def test_streaming_a_base_that_is_here_is_wrong_usage(hub: Hub, at: dict[str, st
 def test_a_branch_that_moves_meanwhile_is_an_error_and_the_rerun_sends_nothing_again(
     hub: Hub, run: Run, made: Path, tmp_path: Path, home: Path
 ) -> None:
+    shutil.copytree(made / "lora", tmp_path / "theirs")
+    (tmp_path / "theirs" / "notes.txt").write_text("theirs")
+
     def move() -> None:
-        hub.add("me/merged", made / "lora")
+        hub.add("me/merged", tmp_path / "theirs")
 
     hub.fault("PUT", PUT, act=move)
     arguments = ("merge", "org/base", "me/lora", "--push", "me/merged")
     done = run(*arguments, code=1, token=WRITER)
     assert re.fullmatch(r"Down.*\nError: me/merged has moved since this run began, others pushed.*\n", done.stderr)
-    assert pushed(hub).keys() == on_disk(made / "lora").keys()
+    assert pushed(hub).keys() == on_disk(tmp_path / "theirs").keys()
+    shutil.rmtree(tmp_path / "theirs")
     assert len(sent(hub)) == len(changed(made))
     hub.requests.clear()
     run(*arguments, token=WRITER)
@@ -309,7 +374,7 @@ def test_a_branch_that_moves_meanwhile_is_an_error_and_the_rerun_sends_nothing_a
     assert whole(hub) == []
     files = pushed(hub)
     assert files["config.json"] == (made / "merged" / "config.json").read_bytes()
-    assert "adapter_config.json" in files
+    assert files["notes.txt"] == b"theirs"
     assert nothing_left(tmp_path, home)
 
 
@@ -538,6 +603,96 @@ def test_the_card_says_what_the_result_is_made_of(hub: Hub, at: dict[str, str], 
     assert len(hub.asked("POST", "/api/validate-yaml")) == 2  # before the first shard, and with the commit
 
 
+@pytest.mark.parametrize(
+    ("theirs", "carried"),
+    [
+        ("---\nlanguage:\n- en\n- no\nlicense: mit\n---\n", {"language": ["en", "no"], "license": "mit"}),
+        ("---\nlanguage: no\n---\n", {"language": "no"}),
+        ("---\nlanguage: {en: no}\nlicense: 3.0\npipeline_tag: [a, 1]\n---\n", {}),
+        ("No front matter at all.\n", {}),
+    ],
+)
+def test_of_the_base_s_card_only_what_the_hub_takes_is_carried_over(
+    hub: Hub, run: Run, made: Path, tmp_path: Path, theirs: str, carried: dict[str, object]
+) -> None:
+    shutil.copytree(made / "base", tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text(theirs)
+    done = run("merge", "base", "me/small", "--push", "me/merged", "-q", token=WRITER)
+    assert done.stderr == ""
+    facts = ModelCard(hub.content("me/merged", "README.md").decode()).data.to_dict()
+    ours = {"base_model", "base_model_relation", "library_name", "tags"}
+    assert {name: value for name, value in facts.items() if name not in ours} == carried
+
+
+def test_the_card_of_a_rule_says_so_and_its_command_makes_the_same(hub: Hub, run: Run, tmp_path: Path) -> None:
+    adapters = ("me/lora:0.12345678", "me/small")
+    options = ("--method", "dare-ties", "--density", "0.7", "--seed", "3", "--weights", "mlp|q_proj=0.5")
+    run("merge", "org/base", *adapters, *options, "--dtype", "float32", "--push", "me/merged", token=WRITER)
+    card = hub.content("me/merged", "README.md").decode()
+    assert "combined by `dare-ties` (density 0.7, space core, seed 3, sign total)" in card
+    assert "Σ weight" not in card
+    (command,) = re.findall(r"^lorasmith merge .*$", card, re.M)
+    run(*shlex.split(command)[1:])
+    assert pushed(hub) == on_disk(tmp_path / "merged")
+    run("mix", *adapters, *options, "--rank", "2", "--push", "me/mixed", token=WRITER)
+    card = hub.content("me/mixed", "README.md").decode()
+    assert "combined by `dare-ties` (density 0.7, space core, seed 3, sign total)" in card
+    assert "rank 2" in card
+
+
+def test_the_card_of_a_single_file_speaks_of_no_other(hub: Hub, run: Run, tmp_path: Path) -> None:
+    save_file(bases(SIZES), tmp_path / "one.safetensors")
+    run("merge", "one.safetensors", "me/small", "--push", "me/one", token=WRITER)
+    assert pushed(hub, "me/one").keys() == {"one.safetensors"}
+    assert "lorasmith.json" not in hub.content("me/one", "README.md").decode()
+
+
+@pytest.mark.parametrize(
+    ("named", "base"),
+    [
+        ("org/base", "org/base"),
+        ("org/base@main", "org/base"),
+        ("https://huggingface.co/org/base/tree/main", "org/base"),
+        ("outputs/base", None),
+        ("/data/base", None),
+        ("https://example.com/base", None),
+    ],
+)
+def test_the_card_of_an_adapter_names_as_base_only_what_is_a_repository(
+    hub: Hub, at: dict[str, str], made: Path, tmp_path: Path, named: str, base: str | None
+) -> None:
+    shutil.copytree(made / "lora", tmp_path / "lora")
+    facts = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    write_json(tmp_path / "lora" / "adapter_config.json", {**facts, "base_model_name_or_path": named})
+    lorasmith.mix(tmp_path / "lora", push="me/mixed", **at)
+    facts = ModelCard(hub.content("me/mixed", "README.md").decode()).data.to_dict()
+    assert facts.get("base_model") == base
+    assert facts["tags"] == [*([f"base_model:adapter:{base}"] if base else []), "lora", "lorasmith", "transformers"]
+
+
+def test_a_folder_s_own_card_and_record_are_checked_before_anything_is_sent(
+    hub: Hub, run: Run, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "merged", tmp_path / "merged")
+    (tmp_path / "merged" / "lorasmith.json").write_text('{"adapters": [{}]}')
+    assert "is not as lorasmith writes it" in run("push", "merged", "me/merged", code=1, token=WRITER).stderr
+    (tmp_path / "merged" / "README.md").write_text("---\nlicense: not-a-licence\n---\n")
+    assert "refuses the model card" in run("push", "merged", "me/merged", code=2, token=WRITER).stderr
+    (tmp_path / "merged" / "README.md").write_bytes(b"\xff")
+    assert "is no UTF-8 text" in run("push", "merged", "me/merged", code=1, token=WRITER).stderr
+    assert sent(hub) == []
+    assert "me/merged" not in hub.repositories
+
+
+def test_the_card_of_an_extraction_has_no_table_of_nothing(hub: Hub, run: Run, made: Path) -> None:
+    hub.add("me/tuned", made / "merged")
+    run("extract", "org/base", "me/tuned", "-o", "out", "--rank", "1", "-q")
+    run("push", "out", "me/extracted", token=WRITER)
+    card = hub.content("me/extracted", "README.md").decode()
+    assert "for [org/base]" in card
+    assert "|" not in card
+
+
 def test_a_card_of_one_s_own_is_taken_as_it_is(hub: Hub, run: Run, tmp_path: Path) -> None:
     (tmp_path / "card.md").write_text("---\nlicense: mit\n---\nMine, ü.\n")
     run("merge", "org/base", "me/lora", "--push", "me/merged", "--card", "card.md", token=WRITER)
@@ -571,6 +726,14 @@ def test_push_sends_a_model_and_nothing_beside_it(hub: Hub, run: Run, made: Path
     run("pull", "me/merged", "-o", "pulled", token=WRITER)
     (tmp_path / "pulled" / "README.md").unlink()
     assert on_disk(tmp_path / "pulled") == on_disk(made / "merged")
+
+
+def test_a_model_that_lacks_a_shard_is_not_pushed(hub: Hub, run: Run, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "merged", tmp_path / "merged")
+    shards(tmp_path / "merged")[2].unlink()
+    done = run("push", "merged", "me/merged", code=1, token=WRITER)
+    assert "names 1 of 8 shards that are not there" in done.stderr
+    assert "me/merged" not in hub.repositories
 
 
 def test_push_sends_an_adapter_with_its_own_card(hub: Hub, at: dict[str, str], made: Path, tmp_path: Path) -> None:
@@ -674,6 +837,41 @@ def test_a_mix_asks_for_the_right_to_push_before_it_begins(hub: Hub, run: Run, m
     assert os.listdir(tmp_path) in ([], ["home"])
     done = run("mix", "me/lora", "me/small", "--push", "me/mixed", "-o", "out.safetensors", code=2, token=WRITER)
     assert "in a folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--private"], 2, "--private is for --push"),
+        (["--card", "card.md"], 2, "--card is for --push"),
+        (["--push", "me/mixed", "--card", "card.md"], 2, "the Hub refuses the model card"),
+        (["--push", "me/mixed", "--card", "no.md"], 1, "no.md does not exist"),
+    ],
+)
+def test_a_mix_knows_before_it_begins_what_cannot_be_pushed(
+    hub: Hub, run: Run, tmp_path: Path, options: list[str], code: int, says: str
+) -> None:
+    (tmp_path / "card.md").write_text("---\nlicense: not-a-licence\n---\n")
+    done = run("mix", "me/lora", "me/small", "-o", "out", *options, code=code, token=WRITER)
+    assert says in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert "me/mixed" not in hub.repositories
+
+
+def test_a_mix_that_could_not_be_pushed_stays_and_says_how_to_push_it(
+    hub: Hub, run: Run, tmp_path: Path, home: Path
+) -> None:
+    hub.fault("POST", "/commit/", status=500, times=2)
+    arguments = ("mix", "me/lora", "me/small", "--push", "me/mixed", "--private", "--revision", "it's")
+    hub.repositories["me/mixed"] = hub.repositories["me/lora"]
+    hub.repositories["me/mixed"].refs["it's"] = hub.repositories["me/lora"].refs["main"]
+    done = run(*arguments, code=1, token=WRITER)
+    assert re.fullmatch(r"Error: .*HTTP 500.*; run the same command again\n", done.stderr)
+    done = run(*arguments, "-o", "my mix", code=1, token=WRITER)
+    line = re.fullmatch(r"Error: .*HTTP 500.*; the mix is complete in my mix: (lorasmith push .*)\n", done.stderr)
+    assert line is not None
+    run(*shlex.split(line[1])[1:], token=WRITER)
+    assert pushed(hub, "me/mixed", "it's") == on_disk(tmp_path / "my mix")
 
 
 # -------------------------------------------------------------------------------------------------- and the rest

@@ -8,6 +8,7 @@ import click
 
 from lorasmith.cli.output import Output, output_options
 from lorasmith.cli.parameters import Place
+from lorasmith.cli.push import token_option
 
 
 @click.command(short_help="Make an adapter from a base and a tuned model.")
@@ -35,6 +36,7 @@ from lorasmith.cli.parameters import Place
 @click.option("--threads", type=click.IntRange(min=1), help="That compute.  [default: by processors]")
 @click.option("--overwrite", is_flag=True, help="Replace the adapter at OUT, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Compute everything, print the report, write nothing.")
+@token_option
 @output_options
 def extract(base: str, tuned: str, out: str, output: Output, **options: Any) -> None:
     """Make a LoRA adapter of what the model TUNED has that BASE has not, and write it to OUT.

@@ -9,6 +9,7 @@ import click
 from lorasmith.cli.mix import cut_options, written_options
 from lorasmith.cli.output import Output, output_options
 from lorasmith.cli.parameters import Place
+from lorasmith.cli.push import token_option
 
 
 @click.command(short_help="Give an adapter other ranks.")
@@ -19,6 +20,7 @@ from lorasmith.cli.parameters import Place
 @click.option("--sv-fro", "--sv_fro", type=float, help="The share of the Frobenius norm that is kept.")
 @click.option("--sv-cumulative", "--sv_cumulative", type=float, help="The share of the sum of singular values.")
 @written_options
+@token_option
 @output_options
 def resize(adapter: str, out: str, output: Output, **options: Any) -> None:
     """Give ADAPTER other ranks, with the least error there is, and write it to OUT.

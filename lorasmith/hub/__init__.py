@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 FIRST_BYTES = 1 << 16
 """What is asked for of a file whose header is wanted; most headers are shorter."""
 
+ATTEMPTS = 4
+"""How often the first bytes of a file are asked for where answers break off."""
+
 _ADDRESS = re.compile(r"(hf://|https?://|(www\.)?huggingface\.co/|hf\.co/)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^\s:]+)?(/[^\s:]+)*")
 _TYPES = ("models", "datasets", "spaces", "kernels", "buckets")
@@ -68,16 +71,17 @@ class Snapshot:
     folder: str
 
 
-def reference(text: str, endpoint: str | None = None) -> Reference | None:
+def reference(text: str, endpoint: str | None = None, *, or_path: bool = True) -> Reference | None:
     """What a name means on the Hub; None where it is a path: one that exists, or one into a folder that does.
 
-    Raises BadOption for an address that is none of a model.
+    Where no path can be meant (not ``or_path``), it does not matter what is here. Raises BadOption for an address that
+    is none of a model.
     """
-    if os.path.lexists(text):
+    if or_path and os.path.lexists(text):
         return None
     first = text.split("/", 1)[0]
     if not _ADDRESS.match(text):
-        if not _NAME.fullmatch(text) or os.path.isdir(first) or first in _TYPES:
+        if not _NAME.fullmatch(text) or (or_path and os.path.isdir(first)) or first in _TYPES:
             return None
         if text.count("/") == 1 and text.endswith(_FILES):
             return None
@@ -86,6 +90,7 @@ def reference(text: str, endpoint: str | None = None) -> Reference | None:
     from huggingface_hub.errors import HfUriError
     from huggingface_hub.utils import parse_hf_uri
 
+    text = re.sub(r"^(https?://)[^/]*@", r"\1", text)  # a login, as addresses for git have it, is nothing to show
     try:
         uri = parse_hf_uri(text, endpoint or constants.ENDPOINT)
     except HfUriError as error:
@@ -96,11 +101,17 @@ def reference(text: str, endpoint: str | None = None) -> Reference | None:
 
 
 class Hub:
-    """A connection, by default the one that the client is set up for (``HF_ENDPOINT``, ``HF_TOKEN``, a login)."""
+    """A connection, by default the one that the client is set up for (``HF_ENDPOINT``, ``HF_TOKEN``, a login).
+
+    Raises BadOption for what can be no token.
+    """
 
     def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
         from huggingface_hub import HfApi
 
+        if token is not None and not re.fullmatch(r"[!-~]+", token):
+            what = "has characters that no token has" if token else "is empty; is a variable of the script not set?"
+            raise BadOption(f"the token {what}")
         self._token = token
         self.api: HfApi = HfApi(endpoint=endpoint, token=token, library_name="lorasmith", library_version=__version__)
 
@@ -144,12 +155,12 @@ class Hub:
 
         try:
             found: list[Any] = list(self.api.list_repo_tree(repo, recursive=True, revision=commit))
-        except (OfflineModeIsEnabled, httpx2.TransportError):
+        except (OfflineModeIsEnabled, httpx2.TransportError) as away:
             try:
                 found = list(get_cached_repo_tree(repo, revision=commit))
             except CachedRepoTreeNotFoundError:
                 if not os.path.isdir(folder):
-                    raise
+                    raise away from None
                 return _held(folder)
         return {one.path: _remote_file(one) for one in found if isinstance(one, RepoFile)}
 
@@ -234,19 +245,40 @@ class Hub:
 
     def _first_bytes(self, snapshot: Snapshot, name: str, count: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        from huggingface_hub.utils import build_hf_headers
 
-        origin, got = snapshot.origin, bytearray()
+        origin = snapshot.origin
         url = hf_hub_url(origin.repo, name, revision=origin.commit, endpoint=self.api.endpoint)
         headers = build_hf_headers(token=self._token, library_name="lorasmith", library_version=__version__)
         headers |= {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
-        with told(origin.repo, self.api.endpoint), http_stream_backoff("GET", url, headers=headers) as response:
-            hf_raise_for_status(response)
+        with told(origin.repo, self.api.endpoint):
+            got, broken = _received(url, headers, count)
+            for _ in range(ATTEMPTS - 1):
+                if broken is not None:
+                    got, broken = _received(url, headers, count)
+            if broken is not None:
+                raise broken
+        return got
+
+
+def _received(url: str, headers: Mapping[str, str], count: int) -> tuple[bytes, Exception | None]:
+    """The first bytes of an answer, and what has cut it short, which the client must not see: it takes up only answers
+    that have not begun.
+    """
+    import httpx2
+    from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
+
+    got = bytearray()
+    with http_stream_backoff("GET", url, headers=headers) as response:
+        hf_raise_for_status(response)
+        try:
             for block in response.iter_bytes():
                 got += block
                 if len(got) >= count:  # also where a server sends all of a file whatever it is asked for
                     break
-        return bytes(got[:count])
+        except httpx2.TransportError as error:
+            return b"", error
+    return bytes(got[:count]), None
 
 
 def _remote_file(file: RepoFile) -> RemoteFile:

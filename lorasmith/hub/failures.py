@@ -69,7 +69,8 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
             )
         case errors.RevisionNotFoundError():
             return MissingFile(
-                f"{repo} has no branch, tag or commit {revision or 'of this name'}; see {endpoint}/{repo}"
+                f"{repo} has no branch, tag or commit {revision or 'of this name'}; see {endpoint}/{repo}. "
+                "Of a commit, all 40 digits are needed, and a slash in a branch's name is written %2F"
             )
         case errors.RemoteEntryNotFoundError():
             return MissingFile(f"{repo} has no such file any more: {_path_of(error)}; see {endpoint}/{repo}/tree/main")
@@ -84,6 +85,13 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return NoSpace(
                 error.errno, f"the disk is full while {where} was being transferred; make room and run again"
+            )
+        case OSError() if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            place = f": {error.filename}" if error.filename else ""
+            return IOFailed(
+                error.errno,
+                f"what is downloaded of {where} cannot be written ({error.strerror}{place}); point HF_HOME to a folder "
+                "that may be written to",
             )
         case OSError() if error.errno is not None:
             return IOFailed(

@@ -41,15 +41,24 @@ def check_writable(hub: Hub, target: Target) -> None:
 
 
 def prepare(hub: Hub, target: Target) -> Target:
-    """The same target, its repository and branch made if need be, and the commit that is its head."""
+    """The same target by its name of today, with its repository and branch made if need be, and the head of that.
+
+    Where a repository was renamed, none is made: one of the old name would end the way to it.
+    """
     check_writable(hub, target)
     with told(target.repo, hub.api.endpoint, target.revision, wanted="to create or write to it"):
-        if not target.create_pr or not hub.api.repo_exists(target.repo):
+        if not hub.api.repo_exists(target.repo):
             hub.api.create_repo(target.repo, private=target.private or None, exist_ok=True)
         if target.revision is not None and not _has_revision(hub, target):
             hub.api.create_branch(target.repo, branch=target.revision, exist_ok=True)
-        head = hub.api.repo_info(target.repo, revision=target.revision).sha
-    return dataclasses.replace(target, head=head)
+        found = hub.api.repo_info(target.repo, revision=target.revision)
+    return dataclasses.replace(target, repo=found.id, head=found.sha)
+
+
+def exists(hub: Hub, repo: str) -> bool:
+    """Whether there is a repository of this name that the token may see."""
+    with told(repo, hub.api.endpoint, wanted=PUSH):
+        return hub.api.repo_exists(repo)
 
 
 def _has_revision(hub: Hub, target: Target) -> bool:
