@@ -220,7 +220,9 @@ def _recompressed(
     if request.balance:
         u, v = _balanced_spans(reduced.cores, request.criterion)
         inner = spectrum(u.t() @ core @ v, floor)
-        left, right = (span @ half for span, half in zip((u, v), inner.halves(len(inner.values)), strict=True))
+        kept = len(inner.values)
+        left, right = (span @ half for span, half in zip((u, v), inner.halves(kept), strict=True))
+        u, v = u @ inner.u[:, :kept], v @ inner.v[:, :kept]
         lost = float((core - left @ right.t()).norm())
     else:
         whole = spectrum(core, floor)
@@ -247,7 +249,8 @@ def _balanced_spans(cores: Sequence[torch.Tensor], criterion: Criterion) -> tupl
         inside = torch.stack([one[:most, :most].cumsum(0).cumsum(1).diagonal() / one.sum() for one in shares])
         enough = inside.min(dim=0).values >= criterion.energy * (1 - ROUNDING)
         count = int(enough.nonzero()[0]) + 1 if enough.any() else most
-    return u[:, :count], v[:, :count]
+    # all of the smaller span limits the rank, so that nothing need be left out of the other
+    return (u, v) if count == most else (u[:, :count], v[:, :count])
 
 
 # ------------------------------------------------------------------------------------ all elements, row by row

@@ -284,6 +284,20 @@ def test_balance_keeps_what_each_adapter_has_and_not_the_loudest_s(tmp_path: Pat
             assert min(shares) >= options["energy"] - 1e-5
 
 
+@pytest.mark.parametrize("options", [{"energy": 0.999}, {"rank": 7}])
+def test_balance_leaves_out_nothing_where_a_side_is_shorter_than_all_ranks(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    parts = [
+        (write(tmp_path / str(seed), Facts({"wide": 5, "tall": 4}, 3.0, False, torch.float32, seed)), 1)
+        for seed in (1, 2)
+    ]
+    report = lorasmith.mix(parts, tmp_path / "fair", balance=True, **options)
+    assert report.error < 1e-12
+    assert [one.rank_out for one in report.modules] == [6, 7]
+    assert apart(dense(tmp_path / "fair"), summed(parts)) < 1e-6
+
+
 def test_energies_are_what_the_kept_part_has_of_every_adapter(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
     report = lorasmith.mix(pair, tmp_path / "out", rank=3)
     got = dense(tmp_path / "out")
