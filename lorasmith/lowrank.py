@@ -271,12 +271,13 @@ def shared_bases(cores: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
 
     They are the left singular vectors of ``[M₁ … M_T]`` and the right ones of ``[M₁; …; M_T]`` (the higher-order SVD of
     De Lathauwer et al. 2000), and depend on the deltas only: on no order, and not on how a delta is split into factors.
+    Which way round each vector points is open.
     """
     import torch
 
-    outputs = torch.linalg.svd(torch.cat(list(cores), dim=1), full_matrices=False)[0]
-    inputs = torch.linalg.svd(torch.cat(list(cores)), full_matrices=False)[2].t()
-    return outputs, inputs
+    outputs, heights, _ = torch.linalg.svd(torch.cat(list(cores), dim=1), full_matrices=False)
+    _, widths, inputs = torch.linalg.svd(torch.cat(list(cores)), full_matrices=False)
+    return outputs[:, heights >= ROUNDING * heights[0]], inputs[widths >= ROUNDING * widths[0]].t()
 
 
 def balanced_bases(cores: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
