@@ -208,7 +208,7 @@ def _factors(low: Low, run: _Run) -> _Made:
         shape=low.site.shape,
         rank=found.rank,
         norm=norm,
-        relative_norm=norm / before if before else math.inf,
+        relative_norm=norm / before if before else None,
         error=error,
         energy=max(0.0, 1 - error**2),
     )

@@ -143,15 +143,16 @@ class MixReport:
 class ExtractedModule:
     """What became of one weight that tuning has changed, of ``shape`` (outputs, inputs).
 
-    ``norm`` is ‖TUNED − BASE‖ and ``relative_norm`` that over the base's; ``error`` is what the adapter lacks of the
-    change, as it is written, ‖TUNED − BASE − ΔW‖/‖TUNED − BASE‖, and ``energy`` = 1 − error² the share that it has.
+    ``norm`` is ‖TUNED − BASE‖ and ``relative_norm`` that over the base's, None where the base is zero; ``error`` is
+    what the adapter lacks of the change, as it is written, ‖TUNED − BASE − ΔW‖/‖TUNED − BASE‖, and ``energy`` =
+    1 − error² the share that it has.
     """
 
     module: str
     shape: tuple[int, int]
     rank: int
     norm: float
-    relative_norm: float
+    relative_norm: float | None
     error: float
     energy: float
 

@@ -650,6 +650,21 @@ def test_the_command_s_json_is_the_library_s_report(room: Path) -> None:
     assert "adapter" not in facts
 
 
+def test_a_weight_that_was_zero_has_no_share_of_it_to_report(room: Path) -> None:
+    tensors = load_file("base/model.safetensors")
+    names = [name for name in tensors if name.endswith("down_proj.weight")]
+    write_base(room / "zero", {**tensors, **{name: torch.zeros_like(tensors[name]) for name in names}}, sizes=TINY)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    facts = json.loads(invoke("zero", "tuned", "-o", "out", "--rank", "3", "--json"), parse_constant=refuse)
+    norms = {one["module"]: one["relative_norm"] for one in facts["modules"]}
+    assert all((norm is None) == (f"{module}.weight" in names) for module, norm in norms.items())
+    text = invoke("zero", "tuned", "-o", "out", "--rank", "3", "--overwrite")
+    assert re.search(r"down_proj +2 +3 +\S+ +\S+%", text)
+
+
 def test_the_command_replaces_only_when_told(room: Path) -> None:
     invoke("base", "tuned", "-o", "out", "--rank", "3")
     with pytest.raises(lorasmith.OutputExists):
