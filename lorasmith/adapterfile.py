@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -197,9 +197,10 @@ def open_spot(
             place.remove()
 
 
-def kept(path: str) -> Adapter:
-    """The adapter in a temporary file, which goes when the adapter does."""
-    adapter = read_adapter(path)
+def kept(path: str, beside: Sequence[SideFile] = ()) -> Adapter:
+    """The adapter in a temporary file, which goes when the adapter does, with what is ``beside`` it."""
+    sources = {one.name: one.source for one in beside if one.source is not None}
+    adapter = replace(read_adapter(path), side_files=sources)
     weakref.finalize(adapter, shutil.rmtree, os.path.dirname(path), ignore_errors=True)
     return adapter
 

@@ -78,10 +78,11 @@ def extract(
     if dry_run:
         return _report(job, run, [made.facts for made in _made(job, run)])
     stamps = [shard.stamp for model in models for shard in model.shards]
-    with open_spot(place, digest_of(job.record), stamps, overwrite=overwrite, beside=_tokenizer(*models)) as spot:
+    beside = _tokenizer(*models)
+    with open_spot(place, digest_of(job.record), stamps, overwrite=overwrite, beside=beside) as spot:
         size, facts = (0, [made.facts for made in _made(job, run)]) if spot is None else _write(job, run, spot)
     report = _report(job, run, facts, place, size)
-    return replace(report, adapter=kept(spot.path)) if place is None and spot is not None else report
+    return replace(report, adapter=kept(spot.path, beside)) if place is None and spot is not None else report
 
 
 @dataclass(frozen=True)

@@ -565,6 +565,10 @@ def test_a_tokenizer_of_the_tuned_model_s_own_goes_along(tmp_path: Path) -> None
     assert {one.name for one in (tmp_path / "other").iterdir()} == {*names, "tokenizer.json", "tokenizer_config.json"}
     assert (tmp_path / "other" / "tokenizer.json").read_text() == "{}"
     assert (tmp_path / "other" / "tokenizer_config.json").read_bytes() == SIDE_FILES["tokenizer_config.json"]
+    report = lorasmith.extract(tmp_path / "base", tmp_path / "tuned", rank=3)
+    assert report.adapter is not None
+    lorasmith.merge(tmp_path / "base", report.adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}"
 
 
 # ---------------------------------------------------------------------------------------------------- how it runs

@@ -450,6 +450,35 @@ def test_a_rank_limits_sd_scripts_criteria(tmp_path: Path, pair: list[tuple[Path
 # -------------------------------------------------------------------------------------------- outputs and errors
 
 
+def test_a_tokenizer_goes_along_into_a_folder(tmp_path: Path) -> None:
+    one, other = (write(tmp_path / str(seed), Facts({"linear": 3}, 3.0, False, torch.float32, seed)) for seed in (1, 2))
+    pair = [one, (other, 0.5)]
+    (one / "tokenizer.json").write_text('{"added": 1}')
+    (one / "tokenizer_config.json").write_text("{}")
+    for number, made in enumerate(
+        (
+            lorasmith.mix(pair, tmp_path / "mixed"),
+            lorasmith.resize(one, tmp_path / "resized", rank=2),
+            lorasmith.mix(one, tmp_path / "copied"),
+            lorasmith.mix([lorasmith.mix(pair).adapter, other], tmp_path / "again"),
+        )
+    ):
+        assert (Path(made.out) / "tokenizer.json").read_text() == '{"added": 1}', number
+        assert (Path(made.out) / "tokenizer_config.json").read_text() == "{}", number
+    report = lorasmith.mix(pair, tmp_path / "mixed.safetensors")
+    assert any(f"that of {one} stays behind" in note for note in report.notes)
+
+    (other / "tokenizer.json").write_text('{"added": 2}')
+    with pytest.raises(lorasmith.BadOption, match="carry different tokenizers; say with --prefer ADAPTER"):
+        lorasmith.mix(pair, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    lorasmith.mix(pair, tmp_path / "both", prefer=str(other))
+    assert (tmp_path / "both" / "tokenizer.json").read_text() == '{"added": 2}'
+    assert not (tmp_path / "both" / "tokenizer_config.json").exists()
+    lorasmith.mix([one, (other, 0.0)], tmp_path / "first")
+    assert (tmp_path / "first" / "tokenizer.json").read_text() == '{"added": 1}'
+
+
 def test_the_same_mix_gives_the_same_bytes_whatever_the_threads(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
     for name, options in (
         ("exact", {}),
