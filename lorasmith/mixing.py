@@ -22,11 +22,11 @@ from lorasmith.deltas.low_rank import Factor
 from lorasmith.dtypes import BY_OPTION, torch_dtype
 from lorasmith.errors import BadOption, listed
 from lorasmith.execution import default_threads
-from lorasmith.execution.destination import check_output
+from lorasmith.execution.destination import check_output, require_room
 from lorasmith.execution.torchthreads import in_order
 from lorasmith.hub.writing import check_writable
 from lorasmith.lowrank import Criterion, allocate
-from lorasmith.mixfile import Job, write
+from lorasmith.mixfile import Job, takes, write
 from lorasmith.mixreport import report_mix
 from lorasmith.mixture import Mixture, gather
 from lorasmith.planning import refuse_residual
@@ -248,6 +248,9 @@ def _mix(
     stamps = [adapter.stamp for adapter in adapters] + [
         shard.stamp for shard in (checkpoint.shards if checkpoint else ())
     ]
+    size = takes(job)
+    if size is not None and not (out is None and run.dry_run):
+        require_room(out or tempfile.gettempdir(), size, at_most=not verbatim)
     beside = () if out is not None and is_file(out) else _tokenizer(pairs, preferred)
     if run.dry_run:
         return report_mix(job, write(job, None)[1], None, started)

@@ -750,6 +750,18 @@ def test_a_nan_is_refused_even_where_nothing_changed(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_without_room_is_told_of_before_anything_is_written(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lorasmith.extract("base", "tuned", "fits", rank=3)
+    size = sum(tensor.nbytes for tensor in stored(room / "fits").values())
+    monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _: size - 1)
+    for place in ("out", "out.safetensors", None):
+        with pytest.raises(lorasmith.NoSpace, match=rf"takes up to {size:,} bytes.* has {size - 1:,} free"):
+            lorasmith.extract("base", "tuned", place, rank=3)
+    assert sorted(one.name for one in room.iterdir()) == ["base", "fits", "tuned"]
+    monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _: size)
+    lorasmith.extract("base", "tuned", "out", rank=3)
+
+
 def test_the_same_model_twice_is_refused(tmp_path: Path) -> None:
     pair(tmp_path, bases(TINY), bases(TINY), TINY)
     with pytest.raises(lorasmith.AdapterMismatch, match="nothing to extract"):

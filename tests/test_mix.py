@@ -698,3 +698,31 @@ def test_a_mix_that_was_stopped_or_had_no_room_leaves_nothing(tmp_path: Path, pa
                 lorasmith.mix(pair, tmp_path / out, progress=fail)
             assert os.listdir(tmp_path) == []
     assert str(raised.value).endswith("make room and run the same command again")
+
+
+def test_a_disk_without_room_for_a_mix_is_told_of_before_anything_is_computed(
+    tmp_path: Path, pair: list[tuple[Path, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(_: lorasmith.Progress) -> None:
+        raise AssertionError("computed first")
+
+    for options in ({}, {"rank": 2}, {"params": 300}, {"method": "ties"}, {"dtype": "bfloat16", "rank": 3}):
+        out = tmp_path / "out.safetensors"
+        lorasmith.mix(pair, out, **options)
+        size = sum(tensor.nbytes for tensor in load_file(out).values())
+        out.unlink()
+        monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _, free=size - 1: free)
+        for place in (out, tmp_path / "out", None):
+            with pytest.raises(lorasmith.NoSpace, match=rf"takes up to [\d,]+ bytes.* has {size - 1:,} free"):
+                lorasmith.mix(pair, place, progress=told, **options)
+            assert os.listdir(tmp_path) == []
+        monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _, free=size * 5 // 4: free)
+        lorasmith.mix(pair, out, **options)
+        out.unlink()
+        monkeypatch.undo()
+    monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _: 100)
+    with pytest.raises(lorasmith.NoSpace, match=r"the result takes [\d,]+ bytes"):
+        lorasmith.mix(pair[0][0], tmp_path / "out")
+    with pytest.raises(lorasmith.NoSpace, match="make room or choose another output"):
+        lorasmith.resize(pair[0][0], tmp_path / "out", rank=2, dry_run=True)
+    assert os.listdir(tmp_path) == []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
 
-from lorasmith.errors import BadOption, LorasmithError, OutputExists
+from lorasmith.errors import BadOption, LorasmithError, NoSpace, OutputExists
 from lorasmith.jsonfile import read_json
 from lorasmith.safefile import read_header
 
@@ -123,6 +124,18 @@ def _must_stay(target: str) -> bool:
 def is_left_over(folder: str) -> bool:
     """Whether a partial folder is there and one of ours."""
     return os.path.isdir(folder) and (os.path.isfile(os.path.join(folder, JOURNAL)) or not os.listdir(folder))
+
+
+def require_room(out: str, takes: int, *, at_most: bool = False) -> int:
+    """Raise NoSpace where a result of so many bytes, or of ``at_most`` so many, has no room; the bytes there are."""
+    free = free_space(out)
+    if takes > free:
+        raise NoSpace(
+            errno.ENOSPC,
+            f"the result takes {'up to ' if at_most else ''}{takes:,} bytes and the disk of {out} has {free:,} free; "
+            "make room or choose another output",
+        )
+    return free
 
 
 def free_space(out: str) -> int:
