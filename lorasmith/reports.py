@@ -86,8 +86,9 @@ class MixedAdapter:
 class MixedModule:
     """One module of a mix: ranks before and after, ‖ΔW‖ before, and what was kept of it.
 
-    ``error`` is ‖ΔW − ΔW_kept‖/‖ΔW‖ and ``energy`` the kept share of Σσ²; ``norms`` and ``energies`` are those of each
-    adapter's own delta, without its weight, None for those that have none here.
+    ΔW is what the rule makes of the deltas; with peft-linear, which is to be compared, their exact sum. ``error`` is
+    ‖ΔW − ΔW_kept‖/‖ΔW‖ and ``energy`` the kept share of Σσ²; ``norms`` and ``energies`` are those of each adapter's own
+    delta, without its weight, None for those that have none here.
     """
 
     module: str

@@ -165,7 +165,7 @@ def mix_lines(report: MixReport, done: str) -> Iterator[str]:
         yield from _interference_lines(report.interference)
     yield ""
     kept = f"{report.energy:.4%} of its energy, a relative error of {report.error:.3g}" if report.error else "all of it"
-    method = "sum" if report.method["name"] == "linear" else f"result of {report.method['name']}"
+    method = "sum" if report.method["name"].endswith("linear") else f"result of {report.method['name']}"
     yield f"kept     of the exact {method}, {kept}"
     yield f"rank     {_span(report.rank)}, of {_span(report.rank_in)} put together; {report.params:,} parameters"
     if report.tensors_passed:
