@@ -36,7 +36,8 @@ class Criterion:
 
     ``energy`` is the share of Σσ² that stays, ``max_error`` the relative error in the Frobenius norm that is allowed,
     ``params`` the number of parameters of the whole adapter. The ``sv_`` ones are sd-scripts' (``resize_lora.py``):
-    σ > σ₀/``sv_ratio`` stay, ``sv_cumulative`` is the share of Σσ that stays, ``sv_fro`` that of the Frobenius norm.
+    σ₀ and all σ > σ₀/``sv_ratio`` stay, ``sv_cumulative`` is the share of Σσ that stays, ``sv_fro`` that of the
+    Frobenius norm.
     """
 
     rank: int | None = None
@@ -101,7 +102,7 @@ class Criterion:
         elif self.sv_cumulative is not None:
             count = _reach(values, self.sv_cumulative * math.fsum(values))
         elif self.sv_ratio is not None:
-            count = sum(value > values[0] / self.sv_ratio for value in values)
+            count = max(1, sum(value > values[0] / self.sv_ratio for value in values))
         return count if self.rank is None else min(count, self.rank)
 
 

@@ -445,6 +445,9 @@ def test_resizing_keeps_what_its_criterion_says(
 def test_a_rank_limits_sd_scripts_criteria(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
     report = lorasmith.resize(pair[0][0], tmp_path / "out", sv_fro=0.999, rank=2)
     assert {one.rank_out for one in report.modules} == {2}
+    report = lorasmith.resize(pair[0][0], tmp_path / "one", sv_ratio=1)
+    assert {one.rank_out for one in report.modules} == {1}
+    assert not report.warnings
 
 
 # -------------------------------------------------------------------------------------------- outputs and errors
