@@ -252,6 +252,11 @@ def _module(
     for (position, source, _), site in zip(some, sites, strict=True):
         if site != sites[0]:
             first, other = (adapters[at][0].path for at in (some[0][0], position))
+            if site.parameter != sites[0].parameter:
+                raise AdapterMismatch(
+                    f"{first} and {other} adapt {site.module!r} in two ways, as a module and by its parameter's name "
+                    f"(target_parameters), and PEFT takes only one of them. {_MERGE}"
+                )
             raise AdapterMismatch(
                 f"{first} has a delta of shape {list(sites[0].shape)} for {sites[0].module!r} and {other} one of "
                 f"{list(site.shape)} ({source.tensors[0]}): they were trained on different models or layers"

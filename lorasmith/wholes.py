@@ -86,11 +86,12 @@ def _whole(
         if not alike
         else "with weights that do not add up to 1"
     )
-    base = (
-        "and the base has no such tensor; take"
-        if bound
-        else "which depends on the base: give it with --base BASE, or take"
-    )
+    if isinstance(source.delta, TokenRows):
+        base = "and rows of tokens are not weighted; take"
+    elif not bound:
+        base = "which depends on the base: give it with --base BASE, or take"
+    else:
+        base = f"and the base has {'no such tensor' if entry is None else 'it in another shape'}; take"
     raise AdapterMismatch(f"{what}, {why}, {base} one as it is with --prefer {owners[0]}")
 
 
