@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +69,8 @@ class AdapterFile:
         self._config, self._metadata = config, metadata
         self.ranks: dict[str, int] = {}
         ranks = {site.path: rank for site, rank in most.items()}
-        tensors = [one for site, rank in most.items() for one in _tensors(site, rank, code, biased)]
-        sized = [(name, code, shape, prod(shape) * itemsize(code)) for name, code, shape in [*wholes, *tensors]]
-        self._file = GrowingFile(path, sized, self._header(longest_config(config(ranks), ranks)))
+        tensors = _sized(most, wholes, code, biased)
+        self._file = GrowingFile(path, tensors, self._header(longest_config(config(ranks), ranks)))
 
     def _header(self, config: Mapping[str, Any]) -> dict[str, str]:
         text = dumped(config)
@@ -122,6 +121,18 @@ class AdapterFile:
     def close(self) -> None:
         """Close the file; once is enough."""
         self._file.close()
+
+
+def room(ranks: Mapping[Site, int], wholes: Sequence[Whole], code: str, *, biased: bool) -> int:
+    """The bytes that the tensors of an adapter take, with the arguments of ``AdapterFile``."""
+    return sum(nbytes for *_, nbytes in _sized(ranks, wholes, code, biased))
+
+
+def _sized(
+    ranks: Mapping[Site, int], wholes: Sequence[Whole], code: str, biased: bool
+) -> list[tuple[str, str, tuple[int, ...], int]]:
+    tensors = [one for site, rank in ranks.items() for one in _tensors(site, rank, code, biased)]
+    return [(name, code, shape, prod(shape) * itemsize(code)) for name, code, shape in [*wholes, *tensors]]
 
 
 def _tensors(site: Site, rank: int, code: str, biased: bool) -> list[Whole]:
@@ -197,9 +208,10 @@ def open_spot(
             place.remove()
 
 
-def kept(path: str) -> Adapter:
-    """The adapter in a temporary file, which goes when the adapter does."""
-    adapter = read_adapter(path)
+def kept(path: str, beside: Sequence[SideFile] = ()) -> Adapter:
+    """The adapter in a temporary file, which goes when the adapter does, with what is ``beside`` it."""
+    sources = {one.name: one.source for one in beside if one.source is not None}
+    adapter = replace(read_adapter(path), side_files=sources)
     weakref.finalize(adapter, shutil.rmtree, os.path.dirname(path), ignore_errors=True)
     return adapter
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.adapterfile import AdapterFile, Spot, digest_of, dumped, is_file, kept, open_spot, record_of
+from lorasmith.adapterfile import AdapterFile, Spot, digest_of, dumped, is_file, kept, open_spot, record_of, room
 from lorasmith.arguments import Path
 from lorasmith.checkpoint import TOKENIZER_FILES, Checkpoint
 from lorasmith.difference import Paired, divided, is_changed, norm_of, pair_up, walk
 from lorasmith.dtypes import BY_OPTION, NAMES, itemsize, torch_dtype
 from lorasmith.errors import AdapterMismatch, BadOption, NotFinite, Unsupported
 from lorasmith.execution import default_threads
-from lorasmith.execution.destination import check_output
+from lorasmith.execution.destination import check_output, require_room
 from lorasmith.execution.device import resolve
 from lorasmith.execution.peak import peak_memory
 from lorasmith.execution.torchthreads import in_order
-from lorasmith.formats.writing import config_of
+from lorasmith.formats.writing import Site, config_of
 from lorasmith.lowrank import Criterion
 from lorasmith.records import Progress, SideFile
 from lorasmith.reports import ExtractedModule, ExtractReport, StoredTensor
@@ -79,13 +80,17 @@ def extract(
     for source, model in zip(sources, models, strict=True):
         source.fetch([*model.files, *model.side_files.values()], progress)
     job = _job(*models, run, embeddings)
+    if criterion.rank is not None and not (place is None and dry_run):
+        takes = room(_most(job, run), _stored(job), run.code, biased=False)
+        require_room(place or tempfile.gettempdir(), takes, at_most=True)
     if dry_run:
         return _report(job, run, [made.facts for made in _made(job, run)])
     stamps = [shard.stamp for model in models for shard in model.shards]
-    with open_spot(place, digest_of(job.record), stamps, overwrite=overwrite, beside=_tokenizer(*models)) as spot:
+    beside = _tokenizer(*models)
+    with open_spot(place, digest_of(job.record), stamps, overwrite=overwrite, beside=beside) as spot:
         size, facts = (0, [made.facts for made in _made(job, run)]) if spot is None else _write(job, run, spot)
     report = _report(job, run, facts, place, size)
-    return replace(report, adapter=kept(spot.path)) if place is None and spot is not None else report
+    return replace(report, adapter=kept(spot.path, beside)) if place is None and spot is not None else report
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ def _factors(low: Low, run: _Run) -> _Made:
         shape=low.site.shape,
         rank=found.rank,
         norm=norm,
-        relative_norm=norm / before if before else math.inf,
+        relative_norm=norm / before if before else None,
         error=error,
         energy=max(0.0, 1 - error**2),
     )
@@ -235,8 +240,8 @@ def _write(job: _Job, run: _Run, spot: Spot) -> tuple[int, list[ExtractedModule]
     tuning = job.tuning
     file = AdapterFile(
         spot.path,
-        {low.site: min(run.criterion.rank or low.site.shape[0], *low.site.shape) for low in _sites(tuning)},
-        [(whole.name, whole.entry.dtype, whole.entry.shape) for whole in tuning.wholes],
+        _most(job, run),
+        _stored(job),
         lambda ranks: _config(job, ranks),
         code=run.code,
         biased=False,
@@ -262,8 +267,15 @@ def _write(job: _Job, run: _Run, spot: Spot) -> tuple[int, list[ExtractedModule]
     return size, facts
 
 
-def _sites(tuning: Tuning) -> Sequence[Low]:
-    return tuning.lows if tuning.idle is None else [tuning.idle]
+def _most(job: _Job, run: _Run) -> dict[Site, int]:
+    """The largest rank that each LoRA can get."""
+    lows = job.tuning.lows if job.tuning.idle is None else [job.tuning.idle]
+    return {low.site: min(run.criterion.rank or low.site.shape[0], *low.site.shape) for low in lows}
+
+
+def _stored(job: _Job) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, format code and shape of what is stored as it is."""
+    return [(whole.name, whole.entry.dtype, whole.entry.shape) for whole in job.tuning.wholes]
 
 
 def _copy(file: AdapterFile, wholes: Iterable[Whole]) -> None:

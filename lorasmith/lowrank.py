@@ -36,7 +36,8 @@ class Criterion:
 
     ``energy`` is the share of Σσ² that stays, ``max_error`` the relative error in the Frobenius norm that is allowed,
     ``params`` the number of parameters of the whole adapter. The ``sv_`` ones are sd-scripts' (``resize_lora.py``):
-    σ > σ₀/``sv_ratio`` stay, ``sv_cumulative`` is the share of Σσ that stays, ``sv_fro`` that of the Frobenius norm.
+    σ₀ and all σ > σ₀/``sv_ratio`` stay, ``sv_cumulative`` is the share of Σσ that stays, ``sv_fro`` that of the
+    Frobenius norm.
     """
 
     rank: int | None = None
@@ -101,7 +102,7 @@ class Criterion:
         elif self.sv_cumulative is not None:
             count = _reach(values, self.sv_cumulative * math.fsum(values))
         elif self.sv_ratio is not None:
-            count = sum(value > values[0] / self.sv_ratio for value in values)
+            count = max(1, sum(value > values[0] / self.sv_ratio for value in values))
         return count if self.rank is None else min(count, self.rank)
 
 
@@ -271,12 +272,13 @@ def shared_bases(cores: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
 
     They are the left singular vectors of ``[M₁ … M_T]`` and the right ones of ``[M₁; …; M_T]`` (the higher-order SVD of
     De Lathauwer et al. 2000), and depend on the deltas only: on no order, and not on how a delta is split into factors.
+    Which way round each vector points is open.
     """
     import torch
 
-    outputs = torch.linalg.svd(torch.cat(list(cores), dim=1), full_matrices=False)[0]
-    inputs = torch.linalg.svd(torch.cat(list(cores)), full_matrices=False)[2].t()
-    return outputs, inputs
+    outputs, heights, _ = torch.linalg.svd(torch.cat(list(cores), dim=1), full_matrices=False)
+    _, widths, inputs = torch.linalg.svd(torch.cat(list(cores)), full_matrices=False)
+    return outputs[:, heights >= ROUNDING * heights[0]], inputs[widths >= ROUNDING * widths[0]].t()
 
 
 def balanced_bases(cores: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +10,10 @@ from typing import Any
 from lorasmith.arguments import AdapterArguments, Path, weigh_modules, weighted
 from lorasmith.combining import choose
 from lorasmith.delivery import Delivery
-from lorasmith.errors import BadOption, NoSpace
+from lorasmith.errors import BadOption
 from lorasmith.execution import default_threads, execute
 from lorasmith.execution.blocks import Budget, fit
-from lorasmith.execution.destination import check_output, free_space
+from lorasmith.execution.destination import check_output, require_room
 from lorasmith.execution.device import resolve
 from lorasmith.execution.peak import peak_memory
 from lorasmith.execution.workplace import claim
@@ -232,13 +231,8 @@ def resources(
 
 
 def _resources(plan: Plan, budget: Budget, delivery: Delivery) -> Resources:
-    free, takes = free_space(delivery.place), delivery.room(plan)
-    if takes > free:
-        raise NoSpace(
-            errno.ENOSPC,
-            f"the result takes {takes:,} bytes and the disk of {delivery.place} has {free:,} free; "
-            "make room or choose another output",
-        )
+    takes = delivery.room(plan)
+    free = require_room(delivery.place, takes)
     return Resources(budget.threads, budget.nbytes, takes, free, delivery.download(plan))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.adapterfile import INSIDE, AdapterFile, Spot, dumped
+from lorasmith.adapter import Adapter
+from lorasmith.adapterfile import INSIDE, AdapterFile, Spot, dumped, room
 from lorasmith.combining import LINEAR
 from lorasmith.combining.combined import Combined, Source, read_factor
 from lorasmith.dtypes import itemsize
@@ -145,6 +146,21 @@ def _most_of_all(job: Job) -> dict[Site, int]:
     return most
 
 
+def takes(job: Job) -> int | None:
+    """The bytes that the result takes at most; None where they depend on what is found."""
+    if job.verbatim:
+        return sum(entry.nbytes for entry in read_weights(_alone(job.mixture).file)[0].entries)
+    if job.request.criterion and job.request.criterion.rank is None and not job.ranks:
+        return None
+    attention = {site.module for site in _attention(job.mixture)}
+    ranks: dict[Site, int] = {}
+    for module in job.mixture.modules:
+        most = _attention_rank(module, job) if module.site.module in attention else _most(module, job)
+        ranks[module.site] = max(ranks.get(module.site, 0), job.ranks.get(module.name, most))
+    biased = any(module.biases for module in job.mixture.modules)
+    return room(ranks, [_shape(whole) for whole in job.mixture.wholes], job.request.code, biased=biased)
+
+
 def _attention(mixture: Mixture) -> list[Site]:
     """The sites of ``torch.nn.MultiheadAttention``, for whose input and output PEFT has one rank."""
     outputs = {
@@ -241,7 +257,7 @@ def _config(mixture: Mixture, ranks: Mapping[str, int], alphas: Mapping[str, flo
 
 def _copy(job: Job, spot: Spot) -> int:
     """Write the only adapter's tensors as they are, by PEFT's names where a folder is made; the file's size."""
-    (adapter,) = (adapter for adapter, weight in job.mixture.adapters if weight != 0)
+    adapter = _alone(job.mixture)
     header, _ = read_weights(adapter.file)
     names = {entry.name: entry.name for entry in header.entries} if spot.inside else plain_names(header)
     entries = [entry for entry in header.entries if spot.inside or adapter.config or not entry.name.endswith(".alpha")]
@@ -260,6 +276,11 @@ def _copy(job: Job, spot: Spot) -> int:
         file.close()
     spot.finish(adapter.config or _config(job.mixture, _ranks(job.mixture), _scaled(job.mixture)), job.record)
     return size
+
+
+def _alone(mixture: Mixture) -> Adapter:
+    (adapter,) = (adapter for adapter, weight in mixture.adapters if weight != 0)
+    return adapter
 
 
 def _ranks(mixture: Mixture) -> dict[str, int]:

@@ -24,18 +24,19 @@ from lorasmith.deltas.low_rank import Factor
 from lorasmith.dtypes import BY_OPTION, torch_dtype
 from lorasmith.errors import BadOption, LorasmithError, listed
 from lorasmith.execution import default_threads
-from lorasmith.execution.destination import check_output
+from lorasmith.execution.destination import check_output, require_room
 from lorasmith.execution.torchthreads import in_order
 from lorasmith.hub.writing import Target, check_writable, require_valid
 from lorasmith.lowrank import Criterion, allocate
-from lorasmith.mixfile import Job, write
+from lorasmith.mixfile import Job, takes, write
 from lorasmith.mixreport import report_mix
 from lorasmith.mixture import Mixture, gather
 from lorasmith.planning import refuse_residual
 from lorasmith.recipe import origin_facts
 from lorasmith.recompression import Request, folded, folds_left, singular_values
-from lorasmith.records import Progress
+from lorasmith.records import Progress, SideFile
 from lorasmith.reports import Interference, MixReport
+from lorasmith.sidefiles import copied, has_tokenizer, tokenizer_of
 from lorasmith.sources import Sources
 
 
@@ -77,9 +78,9 @@ def mix(
     Frobenius norm) or ``params`` (of the whole adapter) says how much of it is kept; what is cut off is the least there
     is. ``balance`` keeps every adapter's share of its own instead. ``weights`` are ``REGEX=FACTOR`` for modules' names,
     ``method`` another rule than the sum, with its ``density``, ``seed``, ``sign`` and ``space``
-    (``lorasmith.combining``). Layers trained whole that differ are those of ``prefer``; adapters whose effect depends
-    on the base, as DoRA's does, take a ``base``. ``dtype`` is that of the factors: ``keep`` is float32, or what they
-    are stored in where nothing is lost by that.
+    (``lorasmith.combining``). Layers trained whole and tokenizers that differ are those of ``prefer``; adapters whose
+    effect depends on the base, as DoRA's does, take a ``base``. ``dtype`` is that of the factors: ``keep`` is float32,
+    or what they are stored in where nothing is lost by that.
 
     ``out`` becomes a PEFT folder, or one file if it ends in .safetensors; without it, the report's ``adapter`` is the
     result, in a file that goes when nobody has it any more. ``dry_run`` computes everything and keeps nothing. All
@@ -261,17 +262,27 @@ def _mix(
         refuse_residual(adapters)
     mixture = gather(_directions(pairs) if verbatim else pairs, request.method, prefer=preferred, base=checkpoint)
     _require_possible(mixture, request)
+    behind = [one.path for one, weight in pairs if weight and has_tokenizer(one)]
+    if behind and out is not None and is_file(out):
+        note = (
+            f"a single file has no tokenizer beside it: that of {listed(behind)} stays behind; a folder would have it"
+        )
+        mixture = replace(mixture, notes=(*mixture.notes, note))
     request = replace(request, code="F32" if verbatim else _code(mixture, request, run.dtype))
     job = _job(mixture, request, run, _record(mixture, request, patterns, checkpoint, run.dtype), verbatim=verbatim)
     stamps = [adapter.stamp for adapter in adapters] + [
         shard.stamp for shard in (checkpoint.shards if checkpoint else ())
     ]
+    size = takes(job)
+    if size is not None and not (out is None and run.dry_run):
+        require_room(out or tempfile.gettempdir(), size, at_most=not verbatim)
+    beside = () if out is not None and is_file(out) else _tokenizer(pairs, preferred)
     if run.dry_run:
         return report_mix(job, write(job, None)[1], None, started)
-    with open_spot(out, digest_of(job.record), stamps, overwrite=run.overwrite) as spot:
+    with open_spot(out, digest_of(job.record), stamps, overwrite=run.overwrite, beside=beside) as spot:
         size, made = write(job, spot)
     report = report_mix(job, made, out, started, size)
-    return replace(report, adapter=kept(spot.path)) if out is None and spot is not None else report
+    return replace(report, adapter=kept(spot.path, beside)) if out is None and spot is not None else report
 
 
 def _require_valid(run: _Run) -> None:
@@ -290,6 +301,15 @@ def _preferred(given: Sequence[Weighted], prefer: str | None) -> int | None:
         if wanted in (os.path.normpath(one.path), os.path.normpath(one.text)):
             return position
     raise BadOption(f"--prefer {prefer} is none of the adapters: {listed([one.path for one in given], 8)}")
+
+
+def _tokenizer(adapters: Sequence[tuple[Adapter, float]], preferred: int | None) -> Sequence[SideFile]:
+    """The tokenizer that the adapters carry, as an adapter in a folder has it beside it."""
+    chosen = () if preferred is None else (adapters[preferred][0],)
+    files = tokenizer_of(chosen, "") or tokenizer_of(
+        [adapter for adapter, weight in adapters if weight], "say with --prefer ADAPTER whose is taken"
+    )
+    return [copied(name, path) for name, path in sorted(files.items())]
 
 
 def _require_possible(mixture: Mixture, request: Request) -> None:

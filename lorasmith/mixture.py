@@ -132,24 +132,23 @@ def _require_one_base(adapters: Sequence[Adapter]) -> None:
         )
 
 
-def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound]:
-    """Every delta on the base's tensor, by the delta's identity; none without a base."""
+def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound] | None:
+    """Every delta that is on the whole of a base's tensor, by the delta's identity; None without a base."""
     if base is None:
-        return {}
+        return None
     structure = open_structure(base, [adapter for adapter, _ in adapters], None)
     bindings = [bind(base, structure, adapter) for adapter, _ in adapters]
-    found = {id(one.source): one for binding in bindings for one in binding.bound if one.is_whole}
-    names: dict[str, tuple[str, str]] = {}
-    for adapter, _ in adapters:
-        for source in adapter.deltas:
-            if id(source) in found and found[id(source)].is_whole:
-                name, path = names.setdefault(found[id(source)].target.name, (source.module, adapter.path))
-                if name != source.module:
-                    raise AdapterMismatch(
-                        f"{path} calls a layer {name!r} and {adapter.path} calls it {source.module!r}; an adapter can "
-                        f"have only one name for it. {_MERGE}"
-                    )
-    return found
+    names: dict[str, tuple[str, bool, str]] = {}
+    for (adapter, _), binding in zip(adapters, bindings, strict=True):
+        for one in binding.bound:
+            ours = one.source.module, one.is_whole, adapter.path
+            name, is_whole, path = names.setdefault(one.target.name, ours)
+            if name != one.source.module and (is_whole or one.is_whole):
+                raise AdapterMismatch(
+                    f"{path} calls a layer {name!r} and {adapter.path} calls it {one.source.module!r}; an adapter can "
+                    f"have only one name for it. {_MERGE}"
+                )
+    return {id(one.source): one for binding in bindings for one in binding.bound if one.is_whole}
 
 
 def _require_loadable(adapters: Weighted, modules: Sequence[Module], wholes: Sequence[Whole]) -> None:
@@ -179,7 +178,7 @@ _MERGE = "Merge the adapters into the model instead: lorasmith merge BASE ADAPTE
 # ----------------------------------------------------------------------------------------------------- products
 
 
-def _modules(adapters: Weighted, method: Method, bound: Mapping[int, Bound]) -> Iterator[Module]:
+def _modules(adapters: Weighted, method: Method, bound: Mapping[int, Bound] | None) -> Iterator[Module]:
     found: dict[tuple[str, str], list[tuple[int, ModuleDelta, float]]] = {}
     biases: dict[str, list[tuple[Addition, float]]] = {}
     for position, source, weight in weighed(adapters):
@@ -246,12 +245,17 @@ def _module(
     method: Method,
     some: Sequence[tuple[int, ModuleDelta, float]],
     biases: tuple[tuple[Addition, float], ...],
-    bound: Mapping[int, Bound],
+    bound: Mapping[int, Bound] | None,
 ) -> Module:
     sites = [site_of(adapters[position][0], source) for position, source, _ in some]
     for (position, source, _), site in zip(some, sites, strict=True):
         if site != sites[0]:
             first, other = (adapters[at][0].path for at in (some[0][0], position))
+            if site.parameter != sites[0].parameter:
+                raise AdapterMismatch(
+                    f"{first} and {other} adapt {site.module!r} in two ways, as a module and by its parameter's name "
+                    f"(target_parameters), and PEFT takes only one of them. {_MERGE}"
+                )
             raise AdapterMismatch(
                 f"{first} has a delta of shape {list(sites[0].shape)} for {sites[0].module!r} and {other} one of "
                 f"{list(site.shape)} ({source.tensors[0]}): they were trained on different models or layers"
@@ -262,7 +266,12 @@ def _module(
         for position, source, weight in some
     )
     on_base = [source for _, source, _ in some if source.delta.needs_base]
-    if on_base and not bound:
+    if on_base and bound is not None and any(id(source) not in bound for _, source, _ in some):
+        raise Unsupported(
+            f"{adapters[some[0][0]][0].path}: {on_base[0].module!r} is no whole tensor of the base, and "
+            f"{on_base[0].delta.kind} is mixed only against one. {_MERGE}"
+        )
+    if on_base and bound is None:
         raise Unsupported(
             f"{adapters[some[0][0]][0].path}: what {on_base[0].delta.kind} does to {on_base[0].module!r} depends on "
             "the base, so it can only be mixed against one: lorasmith mix ... --base BASE --rank N. Or merge them "
@@ -275,7 +284,7 @@ def _module(
         )
     if not on_base and (method.space == "core" or method.is_linear):
         return Module(site, parts, biases)
-    return _dense(adapters, method, some, Module(site, parts, biases), bound if on_base else {})
+    return _dense(adapters, method, some, Module(site, parts, biases), bound if on_base else None)
 
 
 def _dense(
@@ -283,7 +292,7 @@ def _dense(
     method: Method,
     some: Sequence[tuple[int, ModuleDelta, float]],
     module: Module,
-    bound: Mapping[int, Bound],
+    bound: Mapping[int, Bound] | None,
 ) -> Module:
     """The module with all its elements: on the base's tensor where a delta reads that, else as the factors stand."""
     deltas = [

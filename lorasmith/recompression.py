@@ -19,7 +19,7 @@ from lorasmith.crosstalk import compare
 from lorasmith.deltas.low_rank import Factor
 from lorasmith.dtypes import all_finite, itemsize, torch_dtype
 from lorasmith.errors import AdapterMismatch, NotFinite
-from lorasmith.lowrank import ROUNDING, Criterion, Pair, Reduced, balanced_bases, share_kept, spectrum
+from lorasmith.lowrank import ROUNDING, Criterion, Pair, Reduced, Spectrum, balanced_bases, share_kept, spectrum
 from lorasmith.mixture import Module, Part
 from lorasmith.reports import MixedModule, ModuleInterference
 from lorasmith.safefile import TensorEntry
@@ -59,16 +59,20 @@ def make(module: Module, request: Request, adapters: int, rank: int | None = Non
         return _rounded(_approximated(module, module.dense, request, adapters), request.code)
     cuts = bool(request.criterion) or not request.method.is_additive
     reduced = _reduced(module, bases=cuts)
-    core = _core(module, reduced, request.method)
+    core, floor = _core(module, reduced, request.method), _floor(module, reduced)
+    is_summed = request.method.name == "peft-linear"
+    meant = _core(module, reduced, LINEAR) if is_summed else core
     if cuts:
-        left, right, error, kept = _recompressed(reduced, core, request, _floor(module, reduced), rank)
+        left, right, error, kept = _recompressed(reduced, core, meant, request, floor, rank)
+    elif is_summed:
+        left, right = _summed(module)
+        error = _apart(core, meant)
+        kept = _shares(reduced.cores, spectrum(core, floor))
     else:
-        left, right = _summed(module) if request.method.name == "peft-linear" else _concatenated(module)
-        total = _core(module, reduced, LINEAR)
-        error = float((core - total).norm() / total.norm()) if total.any() else 0.0
-        kept = [1.0 if one.any() else None for one in reduced.cores]
+        left, right = _concatenated(module)
+        error, kept = 0.0, [1.0 if one.any() else None for one in reduced.cores]
     norms = [float(one.norm()) for one in reduced.cores]
-    facts = _facts(module, adapters, left.shape[1], float(core.norm()), error, norms, kept)
+    facts = _facts(module, adapters, left.shape[1], float(meant.norm()), error, norms, kept)
     return _rounded(Made(module, left, right, facts, tuple(_interference(module, reduced))), request.code)
 
 
@@ -214,23 +218,34 @@ def _sums(module: Module, stacks: Sequence[torch.Tensor], *, signed: bool = Fals
 
 
 def _recompressed(
-    reduced: Reduced, core: torch.Tensor, request: Request, floor: float, rank: int | None
+    reduced: Reduced, core: torch.Tensor, meant: torch.Tensor, request: Request, floor: float, rank: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, float, list[float | None]]:
-    """New factors, the relative error, and how much of each delta's energy is in what they span."""
+    """New factors, what they lack of what is ``meant``, and how much of each delta's energy is in what they span."""
     if request.balance:
         u, v = _balanced_spans(reduced.cores, request.criterion)
-        inner = spectrum(u.t() @ core @ v, floor)
-        left, right = (span @ half for span, half in zip((u, v), inner.halves(len(inner.values)), strict=True))
-        lost = float((core - left @ right.t()).norm())
+        found = spectrum(u.t() @ core @ v, floor)
+        found = replace(found, u=u @ found.u, v=v @ found.v)
+        kept = len(found.values)
     else:
-        whole = spectrum(core, floor)
-        kept = request.criterion.keep(whole.values) if rank is None else rank
-        left, right = whole.halves(kept)
-        u, v = whole.u[:, :kept], whole.v[:, :kept]
-        lost = math.sqrt(math.fsum(value * value for value in whole.values[kept:]))
-    norm = float(core.norm())
-    shares = [share_kept(one, u, v) for one in reduced.cores]
-    return *reduced.expand(left, right), lost / norm if norm else 0.0, shares
+        found = spectrum(core, floor)
+        kept = request.criterion.keep(found.values) if rank is None else rank
+    left, right = found.halves(kept)
+    if request.balance or meant is not core:
+        error = _apart(left @ right.t(), meant)
+    else:
+        error = math.sqrt(math.fsum(value * value for value in found.values[kept:])) / (float(core.norm()) or 1.0)
+    return *reduced.expand(left, right), error, _shares(reduced.cores, replace(found, values=found.values[:kept]))
+
+
+def _apart(core: torch.Tensor, meant: torch.Tensor) -> float:
+    """The relative error of a core."""
+    return float((core - meant).norm() / meant.norm()) if meant.any() else 0.0
+
+
+def _shares(cores: Sequence[torch.Tensor], found: Spectrum) -> list[float | None]:
+    """How much of each core's energy is in the spans of what was found."""
+    kept = len(found.values)
+    return [share_kept(one, found.u[:, :kept], found.v[:, :kept]) for one in cores]
 
 
 def _balanced_spans(cores: Sequence[torch.Tensor], criterion: Criterion) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,7 +262,8 @@ def _balanced_spans(cores: Sequence[torch.Tensor], criterion: Criterion) -> tupl
         inside = torch.stack([one[:most, :most].cumsum(0).cumsum(1).diagonal() / one.sum() for one in shares])
         enough = inside.min(dim=0).values >= criterion.energy * (1 - ROUNDING)
         count = int(enough.nonzero()[0]) + 1 if enough.any() else most
-    return u[:, :count], v[:, :count]
+    # all of the smaller span limits the rank, so that nothing need be left out of the other
+    return (u, v) if count == most else (u[:, :count], v[:, :count])
 
 
 # ------------------------------------------------------------------------------------ all elements, row by row

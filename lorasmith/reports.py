@@ -86,8 +86,9 @@ class MixedAdapter:
 class MixedModule:
     """One module of a mix: ranks before and after, ‖ΔW‖ before, and what was kept of it.
 
-    ``error`` is ‖ΔW − ΔW_kept‖/‖ΔW‖ and ``energy`` the kept share of Σσ²; ``norms`` and ``energies`` are those of each
-    adapter's own delta, without its weight, None for those that have none here.
+    ΔW is what the rule makes of the deltas; with peft-linear, which is to be compared, their exact sum. ``error`` is
+    ‖ΔW − ΔW_kept‖/‖ΔW‖ and ``energy`` the kept share of Σσ²; ``norms`` and ``energies`` are those of each adapter's own
+    delta, without its weight, None for those that have none here.
     """
 
     module: str
@@ -143,15 +144,16 @@ class MixReport:
 class ExtractedModule:
     """What became of one weight that tuning has changed, of ``shape`` (outputs, inputs).
 
-    ``norm`` is ‖TUNED − BASE‖ and ``relative_norm`` that over the base's; ``error`` is what the adapter lacks of the
-    change, as it is written, ‖TUNED − BASE − ΔW‖/‖TUNED − BASE‖, and ``energy`` = 1 − error² the share that it has.
+    ``norm`` is ‖TUNED − BASE‖ and ``relative_norm`` that over the base's, None where the base is zero; ``error`` is
+    what the adapter lacks of the change, as it is written, ‖TUNED − BASE − ΔW‖/‖TUNED − BASE‖, and ``energy`` =
+    1 − error² the share that it has.
     """
 
     module: str
     shape: tuple[int, int]
     rank: int
     norm: float
-    relative_norm: float
+    relative_norm: float | None
     error: float
     energy: float
 

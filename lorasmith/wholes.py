@@ -41,7 +41,7 @@ def weighed(adapters: Weighted) -> Iterator[tuple[int, ModuleDelta, float]]:
 
 
 def whole_tensors(
-    adapters: Weighted, preferred: int | None, bound: Mapping[int, Bound], notes: list[str]
+    adapters: Weighted, preferred: int | None, bound: Mapping[int, Bound] | None, notes: list[str]
 ) -> Iterator[Whole]:
     """One tensor of each place where adapters have some; what is told of it goes into ``notes``."""
     found: dict[tuple[str, str, bool], list[tuple[int, ModuleDelta, float]]] = {}
@@ -57,7 +57,7 @@ def _whole(
     adapters: Weighted,
     some: Sequence[tuple[int, ModuleDelta, float]],
     preferred: int | None,
-    bound: Mapping[int, Bound],
+    bound: Mapping[int, Bound] | None,
     notes: list[str],
 ) -> Whole:
     chosen = next((one for one in some if one[0] == preferred), None)
@@ -71,7 +71,7 @@ def _whole(
         notes.append(f"{stored.name} is that of {adapters[position][0].path}, as it is (--prefer)")
     if chosen is not None or passes:
         return Whole(name, source, position, stored)
-    entry = bound[id(source)].target if all(id(other) in bound for _, other, _ in some) else None
+    entry = bound[id(source)].target if bound and all(id(other) in bound for _, other, _ in some) else None
     fits = entry is not None and all(
         isinstance(other.delta, Replacement) and other.delta.new.shape == entry.shape for _, other, _ in some
     )
@@ -86,11 +86,12 @@ def _whole(
         if not alike
         else "with weights that do not add up to 1"
     )
-    base = (
-        "and the base has no such tensor; take"
-        if bound
-        else "which depends on the base: give it with --base BASE, or take"
-    )
+    if isinstance(source.delta, TokenRows):
+        base = "and rows of tokens are not weighted; take"
+    elif bound is None:
+        base = "which depends on the base: give it with --base BASE, or take"
+    else:
+        base = f"and the base has {'no such tensor' if entry is None else 'it in another shape'}; take"
     raise AdapterMismatch(f"{what}, {why}, {base} one as it is with --prefer {owners[0]}")
 
 

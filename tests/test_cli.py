@@ -244,7 +244,7 @@ def test_an_output_that_is_in_the_way_is_left_alone(room: Path) -> None:
         assert re.fullmatch(rf"Error: .*{why}.*\n", done.stderr)
         assert tree(room) == before
     done = run(*MERGE[:-1], "/proc/nothing/here", code=1)
-    assert re.fullmatch(r"Error: .*/proc/nothing/here.*\n", done.stderr)
+    assert re.fullmatch(r"Merging .*\nError: cannot write beside /proc/nothing/here: .*\n", done.stderr)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

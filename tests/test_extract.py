@@ -565,6 +565,10 @@ def test_a_tokenizer_of_the_tuned_model_s_own_goes_along(tmp_path: Path) -> None
     assert {one.name for one in (tmp_path / "other").iterdir()} == {*names, "tokenizer.json", "tokenizer_config.json"}
     assert (tmp_path / "other" / "tokenizer.json").read_text() == "{}"
     assert (tmp_path / "other" / "tokenizer_config.json").read_bytes() == SIDE_FILES["tokenizer_config.json"]
+    report = lorasmith.extract(tmp_path / "base", tmp_path / "tuned", rank=3)
+    assert report.adapter is not None
+    lorasmith.merge(tmp_path / "base", report.adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}"
 
 
 # ---------------------------------------------------------------------------------------------------- how it runs
@@ -650,6 +654,21 @@ def test_the_command_s_json_is_the_library_s_report(room: Path) -> None:
     assert "adapter" not in facts
 
 
+def test_a_weight_that_was_zero_has_no_share_of_it_to_report(room: Path) -> None:
+    tensors = load_file("base/model.safetensors")
+    names = [name for name in tensors if name.endswith("down_proj.weight")]
+    write_base(room / "zero", {**tensors, **{name: torch.zeros_like(tensors[name]) for name in names}}, sizes=TINY)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    facts = json.loads(invoke("zero", "tuned", "-o", "out", "--rank", "3", "--json"), parse_constant=refuse)
+    norms = {one["module"]: one["relative_norm"] for one in facts["modules"]}
+    assert all((norm is None) == (f"{module}.weight" in names) for module, norm in norms.items())
+    text = invoke("zero", "tuned", "-o", "out", "--rank", "3", "--overwrite")
+    assert re.search(r"down_proj +2 +3 +\S+ +\S+%", text)
+
+
 def test_the_command_replaces_only_when_told(room: Path) -> None:
     invoke("base", "tuned", "-o", "out", "--rank", "3")
     with pytest.raises(lorasmith.OutputExists):
@@ -729,6 +748,18 @@ def test_a_nan_is_refused_even_where_nothing_changed(tmp_path: Path) -> None:
     with pytest.raises(lorasmith.NotFinite, match=re.escape("model.norm.weight")):
         lorasmith.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_is_told_of_before_anything_is_written(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lorasmith.extract("base", "tuned", "fits", rank=3)
+    size = sum(tensor.nbytes for tensor in stored(room / "fits").values())
+    monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _: size - 1)
+    for place in ("out", "out.safetensors", None):
+        with pytest.raises(lorasmith.NoSpace, match=rf"takes up to {size:,} bytes.* has {size - 1:,} free"):
+            lorasmith.extract("base", "tuned", place, rank=3)
+    assert sorted(one.name for one in room.iterdir()) == ["base", "fits", "tuned"]
+    monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _: size)
+    lorasmith.extract("base", "tuned", "out", rank=3)
 
 
 def test_the_same_model_twice_is_refused(tmp_path: Path) -> None:

@@ -358,3 +358,24 @@ def bases_of_phi3(folder: Path) -> dict[str, torch.Tensor]:
     config = transformers.Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
     transformers.Phi3ForCausalLM(config).save_pretrained(folder / "base")
     return load_file(folder / "base" / "model.safetensors")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_parts_of_a_layer_are_mixed_neither_with_the_layer_nor_by_what_depends_on_it(
+    tmp_path: Path, order: int
+) -> None:
+    KINDS["phi3"].build().save_pretrained(tmp_path / "base")
+    stem = "model.layers.1.self_attn"
+    width = tensors_of(tmp_path / "base")[f"{stem}.qkv_proj.weight"].shape[1]
+    parts = {part: factors(f"{stem}.{part}_proj", rows, width) for part, rows in (("q", 32), ("qkv", 64))}
+    plain, whole = (write_adapter(tmp_path / part, tensors) for part, tensors in parts.items())
+    magnitude = {f"{stem}.q_proj.lora_magnitude_vector": torch.ones(32)}
+    dora = write_adapter(tmp_path / "dora", parts["q"] | magnitude, use_dora=True)
+    options: dict[str, Any] = {"base": tmp_path / "base", "rank": 4}
+    for one in (plain, dora):
+        with pytest.raises(lorasmith.AdapterMismatch, match="an adapter can have only one name for it"):
+            lorasmith.mix([one, whole][::order], tmp_path / "mixed", **options)
+    with pytest.raises(lorasmith.Unsupported, match=r"q_proj' is no whole tensor of the base.*lorasmith merge"):
+        lorasmith.mix([plain, dora][::order], tmp_path / "mixed", **options)
+    assert not (tmp_path / "mixed").exists()
+    lorasmith.merge(tmp_path / "base", [plain, whole, dora][::order], tmp_path / "merged")

@@ -284,6 +284,20 @@ def test_balance_keeps_what_each_adapter_has_and_not_the_loudest_s(tmp_path: Pat
             assert min(shares) >= options["energy"] - 1e-5
 
 
+@pytest.mark.parametrize("options", [{"energy": 0.999}, {"rank": 7}])
+def test_balance_leaves_out_nothing_where_a_side_is_shorter_than_all_ranks(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    parts = [
+        (write(tmp_path / str(seed), Facts({"wide": 5, "tall": 4}, 3.0, False, torch.float32, seed)), 1)
+        for seed in (1, 2)
+    ]
+    report = lorasmith.mix(parts, tmp_path / "fair", balance=True, **options)
+    assert report.error < 1e-12
+    assert [one.rank_out for one in report.modules] == [6, 7]
+    assert apart(dense(tmp_path / "fair"), summed(parts)) < 1e-6
+
+
 def test_energies_are_what_the_kept_part_has_of_every_adapter(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
     report = lorasmith.mix(pair, tmp_path / "out", rank=3)
     got = dense(tmp_path / "out")
@@ -431,9 +445,41 @@ def test_resizing_keeps_what_its_criterion_says(
 def test_a_rank_limits_sd_scripts_criteria(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
     report = lorasmith.resize(pair[0][0], tmp_path / "out", sv_fro=0.999, rank=2)
     assert {one.rank_out for one in report.modules} == {2}
+    report = lorasmith.resize(pair[0][0], tmp_path / "one", sv_ratio=1)
+    assert {one.rank_out for one in report.modules} == {1}
+    assert not report.warnings
 
 
 # -------------------------------------------------------------------------------------------- outputs and errors
+
+
+def test_a_tokenizer_goes_along_into_a_folder(tmp_path: Path) -> None:
+    one, other = (write(tmp_path / str(seed), Facts({"linear": 3}, 3.0, False, torch.float32, seed)) for seed in (1, 2))
+    pair = [one, (other, 0.5)]
+    (one / "tokenizer.json").write_text('{"added": 1}')
+    (one / "tokenizer_config.json").write_text("{}")
+    for number, made in enumerate(
+        (
+            lorasmith.mix(pair, tmp_path / "mixed"),
+            lorasmith.resize(one, tmp_path / "resized", rank=2),
+            lorasmith.mix(one, tmp_path / "copied"),
+            lorasmith.mix([lorasmith.mix(pair).adapter, other], tmp_path / "again"),
+        )
+    ):
+        assert (Path(made.out) / "tokenizer.json").read_text() == '{"added": 1}', number
+        assert (Path(made.out) / "tokenizer_config.json").read_text() == "{}", number
+    report = lorasmith.mix(pair, tmp_path / "mixed.safetensors")
+    assert any(f"that of {one} stays behind" in note for note in report.notes)
+
+    (other / "tokenizer.json").write_text('{"added": 2}')
+    with pytest.raises(lorasmith.BadOption, match="carry different tokenizers; say with --prefer ADAPTER"):
+        lorasmith.mix(pair, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    lorasmith.mix(pair, tmp_path / "both", prefer=str(other))
+    assert (tmp_path / "both" / "tokenizer.json").read_text() == '{"added": 2}'
+    assert not (tmp_path / "both" / "tokenizer_config.json").exists()
+    lorasmith.mix([one, (other, 0.0)], tmp_path / "first")
+    assert (tmp_path / "first" / "tokenizer.json").read_text() == '{"added": 1}'
 
 
 def test_the_same_mix_gives_the_same_bytes_whatever_the_threads(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
@@ -655,3 +701,31 @@ def test_a_mix_that_was_stopped_or_had_no_room_leaves_nothing(tmp_path: Path, pa
                 lorasmith.mix(pair, tmp_path / out, progress=fail)
             assert os.listdir(tmp_path) == []
     assert str(raised.value).endswith("make room and run the same command again")
+
+
+def test_a_disk_without_room_for_a_mix_is_told_of_before_anything_is_computed(
+    tmp_path: Path, pair: list[tuple[Path, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(_: lorasmith.Progress) -> None:
+        raise AssertionError("computed first")
+
+    for options in ({}, {"rank": 2}, {"params": 300}, {"method": "ties"}, {"dtype": "bfloat16", "rank": 3}):
+        out = tmp_path / "out.safetensors"
+        lorasmith.mix(pair, out, **options)
+        size = sum(tensor.nbytes for tensor in load_file(out).values())
+        out.unlink()
+        monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _, free=size - 1: free)
+        for place in (out, tmp_path / "out", None):
+            with pytest.raises(lorasmith.NoSpace, match=rf"takes up to [\d,]+ bytes.* has {size - 1:,} free"):
+                lorasmith.mix(pair, place, progress=told, **options)
+            assert os.listdir(tmp_path) == []
+        monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _, free=size * 5 // 4: free)
+        lorasmith.mix(pair, out, **options)
+        out.unlink()
+        monkeypatch.undo()
+    monkeypatch.setattr("lorasmith.execution.destination.free_space", lambda _: 100)
+    with pytest.raises(lorasmith.NoSpace, match=r"the result takes [\d,]+ bytes"):
+        lorasmith.mix(pair[0][0], tmp_path / "out")
+    with pytest.raises(lorasmith.NoSpace, match="make room or choose another output"):
+        lorasmith.resize(pair[0][0], tmp_path / "out", rank=2, dry_run=True)
+    assert os.listdir(tmp_path) == []

@@ -221,6 +221,14 @@ REFUSED: dict[str, tuple[Maker, list[dict[str, Any]], dict[str, Any], str]] = {
         llama, [{**Q, "lora_bias": True}, {"r": 2, "target_modules": ["embed_tokens"]}], {},
         r"'model.embed_tokens' is an",
     ),
+    "a layer and the parameter in it": (
+        llama, [Q, {**V, "target_parameters": ["self_attn.q_proj.weight"]}], {},
+        r"adapt 'model.layers.0.self_attn.q_proj' in two ways.*target_parameters.*lorasmith merge",
+    ),
+    "token rows that differ": (
+        llama, [{**Q, "trainable_token_indices": [1, 2]}, {**V, "trainable_token_indices": [2, 3]}], {},
+        r"trained whole in .* and differs, and rows of tokens are not weighted; take one as it is with --prefer",
+    ),
     "an unconverted PiSSA": (llama, [{**Q, "init_lora_weights": "pissa"}, V], {}, "was initialised with pissa"),
     "a rule on DoRA's core": (
         llama, [{**Q, "use_dora": True}, Q], {"base": True, "rank": 8, "method": "ties"},

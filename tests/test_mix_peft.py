@@ -244,7 +244,21 @@ def test_peft_linear_reproduces_peft_s_numbers(tmp_path: Path, weights_: tuple[f
     for one in report.modules:
         gap = float((theirs[one.module] - want[one.module]).norm() / want[one.module].norm())
         assert one.error == pytest.approx(gap, rel=1e-5)
+        assert one.norm == pytest.approx(float(want[one.module].norm()), rel=1e-6)
         assert one.rank_out == 4
+        u, _, vt = torch.linalg.svd(theirs[one.module])
+        for (path, _), energy in zip(parts, one.energies, strict=True):
+            delta = dense(path)[one.module]
+            assert energy == pytest.approx(
+                float((u[:, :4].t() @ delta @ vt[:4].t()).norm() / delta.norm()) ** 2, rel=1e-4
+            )
+    total = math.sqrt(sum(float((theirs[name] - one).norm()) ** 2 for name, one in want.items()))
+    assert report.error == pytest.approx(total / math.hypot(*(float(one.norm()) for one in want.values())), rel=1e-5)
+
+    report = lorasmith.mix(parts, tmp_path / "cut", method="peft-linear", rank=2)
+    for one in report.modules:
+        gap = float((dense(tmp_path / "cut")[one.module] - want[one.module]).norm() / want[one.module].norm())
+        assert one.error == pytest.approx(gap, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- with a base

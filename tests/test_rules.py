@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import apart, dense
-from generate import LARGE, bases, sha256, write_adapter, write_base
-from safetensors.torch import load_file
+from adapters import PREFIX, Facts, apart, config_of, dense, summed, write
+from generate import LARGE, bases, sha256, write_adapter, write_base, write_json
+from safetensors.torch import load_file, save_file
 
 import lorasmith
 from lorasmith.combining.draws import drawn as drawn_from
@@ -115,12 +116,59 @@ def test_rules_in_core_space_are_the_published_ones_in_the_bases_that_the_deltas
         assert np.linalg.norm(got[module].numpy() - want) <= 1e-5 * np.linalg.norm(want)
 
 
-def test_the_order_of_adapters_changes_no_rule(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
-    for method in METHODS:
-        for space in ({}, {"space": "dense", "rank": 7}):
-            one = lorasmith.mix(pair, tmp_path / f"{method}{len(space)}", method=method, **space)
-            other = lorasmith.mix(pair[::-1], tmp_path / f"{method}{len(space)}r", method=method, **space)
-            assert apart(dense(Path(one.out or "")), dense(Path(other.out or ""))) < 2e-6
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_adapters_changes_no_rule(
+    tmp_path: Path, pair: list[tuple[Path, float]], method: str, sign: str
+) -> None:
+    options = {"sign": sign} if method.endswith("ties") else {}
+    for space in ({}, {"space": "dense", "rank": 7}):
+        one = lorasmith.mix(pair, tmp_path / f"{len(space)}", method=method, **space, **options)
+        other = lorasmith.mix(pair[::-1], tmp_path / f"{len(space)}r", method=method, **space, **options)
+        assert apart(dense(Path(one.out or "")), dense(Path(other.out or ""))) < 2e-6
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude-prune"])
+def test_rules_in_core_space_depend_on_deltas_and_not_on_the_ranks_they_are_stored_with(
+    tmp_path: Path, pair: list[tuple[Path, float]], method: str
+) -> None:
+    (path, weight), other = pair
+    tensors = load_file(path / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        axis = int("lora_B" in name or "lora_embedding_B" in name)
+        more = torch.zeros_like(tensor) if axis else torch.randn(tensor.shape)
+        tensors[name] = torch.cat([tensor, more.to(tensor.dtype)], dim=axis)
+    config = config_of(path)
+    patterns = {module: 2 * rank for module, rank in config["rank_pattern"].items()}
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    save_file(tensors, wide / "adapter_model.safetensors")
+    factor = math.sqrt(2) if config["use_rslora"] else 2
+    more_config = {"r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "rank_pattern": patterns}
+    write_json(wide / "adapter_config.json", {**config, **more_config})
+    lorasmith.mix([(path, weight), other], tmp_path / "one", method=method)
+    lorasmith.mix([(wide, weight), other], tmp_path / "other", method=method)
+    assert apart(dense(tmp_path / "one"), dense(tmp_path / "other")) < 2e-6
+
+
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+def test_deltas_that_share_no_output_are_in_nobody_s_way(tmp_path: Path, sign: str) -> None:
+    parts = []
+    for number, rows in enumerate(torch.randperm(33, generator=torch.Generator().manual_seed(5)).split(11)):
+        path = write(tmp_path / str(number), Facts({"tall": 2}, 4.0, False, torch.float32, number))
+        tensors = load_file(path / "adapter_model.safetensors")
+        b = tensors[f"{PREFIX}tall.lora_B.weight"]
+        tensors[f"{PREFIX}tall.lora_B.weight"] = torch.zeros_like(b).index_copy(0, rows, b[rows])
+        save_file(tensors, path / "adapter_model.safetensors")
+        parts.append((path, 1.0))
+    lorasmith.mix(parts, tmp_path / "out", method="ties", density=1.0, sign=sign)
+    assert apart(dense(tmp_path / "out"), summed(parts)) < 1e-6
+
+
+def test_a_delta_and_its_opposite_elect_nothing(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
+    path, _ = pair[0]
+    report = lorasmith.mix([(path, 1.0), (path, -1.0)], tmp_path / "out", method="ties", sign="frequency")
+    assert all(one.norm == 0 for one in report.modules)
 
 
 def test_merging_with_a_rule_in_dense_space_applies_it_to_the_weights(tmp_path: Path) -> None:

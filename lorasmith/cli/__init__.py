@@ -76,7 +76,7 @@ def _run(args: Sequence[str] | None) -> int:
         wrong.show()
         return wrong.exit_code
     except (KeyboardInterrupt, click.Abort):
-        error("interrupted; the output is whole or not there, and the same command goes on from here")
+        error("interrupted; the output is whole or not there, and the same command makes it")
         return 130
     except BrokenPipeError:  # whoever read our output has gone
         return 1

@@ -140,8 +140,9 @@ def _extracted_modules(modules: Sequence[ExtractedModule]) -> Iterator[str]:
         norms = [one.norm for one in some]
         total = sum(norm**2 for norm in norms)
         energy = sum(one.energy * one.norm**2 for one in some) / total
-        ranks, shares = [one.rank for one in some], max(one.relative_norm for one in some)
-        figures = (f"{total**0.5:.3g}", f"{shares:.2%}", f"{energy:.4%}", f"{max(one.error for one in some):.3g}")
+        ranks, shares = [one.rank for one in some], [one.relative_norm for one in some if one.relative_norm is not None]
+        of_base = f"{max(shares):.2%}" if shares else ""
+        figures = (f"{total**0.5:.3g}", of_base, f"{energy:.4%}", f"{max(one.error for one in some):.3g}")
         rows.append((name, str(len(some)), _span((min(ranks), max(ranks))), *figures))
     yield from _table(rows)
 
@@ -164,7 +165,7 @@ def mix_lines(report: MixReport, done: str) -> Iterator[str]:
         yield from _interference_lines(report.interference)
     yield ""
     kept = f"{report.energy:.4%} of its energy, a relative error of {report.error:.3g}" if report.error else "all of it"
-    method = "sum" if report.method["name"] == "linear" else f"result of {report.method['name']}"
+    method = "sum" if report.method["name"].endswith("linear") else f"result of {report.method['name']}"
     yield f"kept     of the exact {method}, {kept}"
     yield f"rank     {_span(report.rank)}, of {_span(report.rank_in)} put together; {report.params:,} parameters"
     if report.tensors_passed:

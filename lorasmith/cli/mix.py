@@ -66,7 +66,9 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
 @cut_options
 @click.option("--balance", is_flag=True, help="Keep as much of every adapter, not most of the loudest.")
 @rule_options
-@click.option("--prefer", type=Place(), metavar="ADAPTER", help="Whose layers trained whole are taken.")
+@click.option(
+    "--prefer", type=Place(), metavar="ADAPTER", help="Whose layers trained whole, and whose tokenizer, are taken."
+)
 @click.option("--base", type=Place(), metavar="BASE", help="The model, for adapters whose effect depends on it (DoRA).")
 @written_options
 @push_options

@@ -15,7 +15,8 @@ number. A negative weight turns its delta round before the election.
 Only ``linear`` means the same in every basis. The others are applied in one of two *spaces*: ``dense``, to the elements
 of the weight itself, as published; or ``core``, to the elements of the deltas' cores in the bases they share
 (``lowrank.shared_bases``; the idea is that of Panariello et al. 2025, arXiv:2509.17786), where what comes out is of low
-rank again.
+rank again. Which way round a vector of these bases points means nothing, and so does plus there: equal numbers are
+decided by the sum, and where that is zero as well, so is what comes out.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ SIGNS = ("total", "frequency")
 
 DENSITY = 0.5
 """What ``density`` is unless it is given."""
+
+DUST = 2.0**-32
+"""Of cores, what is below this share of what it is made of is what rounding left of zero: float32 tells no less."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,20 @@ def combine(
     if not method.elects:
         return torch.stack([delta * abs(weight) for delta, weight in zip(turned, weights, strict=True)]).sum(dim=0)
     stacked = torch.stack(turned)
-    votes = stacked.sum(dim=0) if method.sign == "total" else stacked.sign().sum(dim=0)
-    agree = stacked.sign() == torch.where(votes >= 0, 1.0, -1.0)
+    agree = stacked.sign() == _elected(method, stacked)
     factors = torch.tensor([abs(weight) for weight in weights], dtype=stacked.dtype, device=stacked.device)
-    total = (stacked * agree * factors.view(-1, *[1] * (stacked.dim() - 1))).sum(dim=0)
-    return total / agree.sum(dim=0).clamp(min=1)
+    kept = (stacked * agree * factors.view(-1, *[1] * (stacked.dim() - 1))).sum(dim=0)
+    return kept / agree.sum(dim=0).clamp(min=1)
+
+
+def _elected(method: Method, stacked: torch.Tensor) -> torch.Tensor:
+    """The sign that the deltas elect for each element; 0 for none, in core space."""
+    import torch
+
+    total = stacked.sum(dim=0)
+    if method.space == "core":
+        total = total.where(total.abs() > DUST * stacked.abs().sum(dim=0), 0.0)
+    votes = total if method.sign == "total" else stacked.sign().sum(dim=0)
+    if method.space == "core":
+        return votes.where(votes != 0, total).sign()
+    return torch.where(votes >= 0, 1.0, -1.0)

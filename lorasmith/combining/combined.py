@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
-from lorasmith.combining import Method, combine, kept_count
+from lorasmith.combining import DUST, Method, combine, kept_count
 from lorasmith.combining.draws import drawn, key
 from lorasmith.deltas import Delta
 from lorasmith.deltas.low_rank import Factor, beside
@@ -175,12 +175,17 @@ def combined_core(method: Method, sources: Sequence[Source], cores: Sequence[tor
             lambda one, other: one + other, (core * weight for core, weight in zip(cores, weights, strict=True))
         )
     u, v = shared_bases(cores)
-    turned = [u.t() @ core @ v for core in cores]
+    turned = [_without_dust(u.t() @ core @ v) for core in cores]
     if method.draws:
         keep = [_drawn(method, one, slice(0, u.shape[1]), (u.shape[1], v.shape[1])) for one in sources]
     else:
         keep = [_largest(core, kept_count(method, core.numel())) for core in turned]
     return u @ combine(method, turned, weights, keep) @ v.t()
+
+
+def _without_dust(core: torch.Tensor) -> torch.Tensor:
+    """The core with zeros where rounding has left something of them, which would vote and be counted."""
+    return core.where(core.abs() > DUST * core.norm(), 0.0)
 
 
 def _largest(core: torch.Tensor, count: int) -> torch.Tensor:

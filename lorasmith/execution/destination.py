@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
 
-from lorasmith.errors import BadOption, LorasmithError, OutputExists
+from lorasmith.errors import BadOption, LorasmithError, NoSpace, OutputExists
 from lorasmith.jsonfile import read_json
 from lorasmith.safefile import read_header
 
@@ -125,13 +126,32 @@ def is_left_over(folder: str) -> bool:
     return os.path.isdir(folder) and (os.path.isfile(os.path.join(folder, JOURNAL)) or not os.listdir(folder))
 
 
+def require_room(out: str, takes: int, *, at_most: bool = False) -> int:
+    """Raise NoSpace where a result of so many bytes, or of ``at_most`` so many, has no room; the bytes there are.
+
+    Some file systems count nothing; what they have room for shows when it is written.
+    """
+    free = free_space(out)
+    if takes > free and shutil.disk_usage(_existing(out)).total:
+        raise NoSpace(
+            errno.ENOSPC,
+            f"the result takes {'up to ' if at_most else ''}{takes:,} bytes and the disk of {out} has {free:,} free; "
+            "make room or choose another output",
+        )
+    return free
+
+
 def free_space(out: str) -> int:
     """Bytes there are for the result: free ones, and those an unfinished run of the same output holds."""
-    target = os.path.realpath(out)
-    folder = target
+    return shutil.disk_usage(_existing(out)).free + _held(partial_folder(os.path.realpath(out)))
+
+
+def _existing(out: str) -> str:
+    """The folder that is there, of those in which an output is or will be."""
+    folder = os.path.realpath(out)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free + _held(partial_folder(target))
+    return folder
 
 
 def _held(folder: str) -> int:
