@@ -87,6 +87,17 @@ def weigh_modules(adapters: Sequence[Adapter], given: Sequence[Weighted], patter
     return adapters
 
 
+def numbered(patterns: Iterable[str], given: Sequence[Weighted]) -> list[str]:
+    """The patterns of ``weigh_modules`` as a record has them: with an adapter's number, like ``[1]``, for its path."""
+    found = []
+    for pattern in patterns:
+        owners, regex, _ = _pattern(pattern, given)
+        rest = pattern.rpartition("=")[2]
+        mark = "" if len(owners) == len(given) else "".join(f"[{position + 1}]" for position in owners) + ":"
+        found.append(f"{mark}{regex.pattern}={rest}")
+    return found
+
+
 def _called(one: ModuleDelta) -> str:
     """What a pattern is searched in: the module's name, with that of a parameter that is not its weight or bias."""
     return one.module if one.parameter in ("weight", "bias") else one.path

@@ -5,6 +5,7 @@ Written from the provenance record, which every result carries, so that a result
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,20 @@ CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag"
 """What is still true of a base after adapters were merged into it."""
 
 PROJECT = "lorasmith"
+
+OPTIONS: Mapping[str, Any] = {
+    "dtype": "keep",
+    "device": "cpu",
+    "max_shard_size": None,
+    "tokenizer": None,
+    "allow_unmatched": False,
+    "allow_overflow": False,
+    "architecture": None,
+    "base_is_residual": False,
+    "rename": [],
+    "expert_layout": None,
+}
+"""Options of a merge that a record may have, and what they are unless they are given."""
 
 
 def model_card(
@@ -181,21 +196,30 @@ def _command(record: Mapping[str, Any]) -> str | None:
     inputs = [one for one in record.get("adapters", ()) if "repo" in one]
     if "base_repo" not in record or len(inputs) < len(record.get("adapters", ())):
         return None
-    patterns: list[str] = list(record.get("weights", ()))
-    if any(one["repo"] in pattern for one in inputs for pattern in patterns):
-        return None  # a pattern for one adapter, by what it was called then
+    names = [_name(one, "") for one in inputs]
     weights = ["" if one["weight"] == 1 else f":{one['weight']!r}" for one in inputs]
-    names = [_name(record, "base_"), *(_name(one, "") + weight for one, weight in zip(inputs, weights, strict=True))]
-    method, options = _method(record), [text for pattern in patterns for text in ("--weights", pattern)]
+    options: dict[str, Any] = {"weights": [_for_one(pattern, names) for pattern in record.get("weights", ())]}
+    method = _method(record)
     if not method.is_linear:
-        options += ["--method", method.name]
-        options += [text for name, value in _method_options(method).items() for text in (f"--{name}", value)]
-    for name, usual in (("dtype", "keep"), ("device", "cpu"), ("max_shard_size", None)):
-        if record.get(name, usual) != usual:
-            options += [f"--{name.replace('_', '-')}", str(record[name])]
-    if record.get("allow_overflow"):
-        options.append("--allow-overflow")
-    return shlex.join(["lorasmith", "merge", *names, "-o", "merged", *options])
+        options |= {"method": method.name, **_method_options(method)}
+    options |= {name: record[name] for name, usual in OPTIONS.items() if record.get(name, usual) != usual}
+    given = [text for name, value in options.items() for text in _option(name, value)]
+    inputs_ = [_name(record, "base_"), *map("".join, zip(names, weights, strict=True))]
+    return shlex.join(["lorasmith", "merge", *inputs_, "-o", "merged", *given])
+
+
+def _option(name: str, value: Any) -> Iterator[str]:
+    """An option of the command line: a switch, or with its value, or once for each of several."""
+    for one in value if isinstance(value, list) else [value]:
+        yield f"--{name.replace('_', '-')}"
+        if one is not True:
+            yield str(one)
+
+
+def _for_one(pattern: str, names: Sequence[str]) -> str:
+    """A pattern of ``--weights``, with the name of the adapter whose number it has, if any."""
+    numbered = re.match(r"\[(\d+)\](\[\d+\])*:", pattern)
+    return f"{names[int(numbered[1]) - 1]}:{pattern[numbered.end() :]}" if numbered else pattern
 
 
 def _name(facts: Mapping[str, Any], prefix: str) -> str:

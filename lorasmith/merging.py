@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from lorasmith.arguments import AdapterArguments, Path, weigh_modules, weighted
+from lorasmith.arguments import AdapterArguments, Path, numbered, weigh_modules, weighted
 from lorasmith.combining import choose
 from lorasmith.delivery import Delivery
 from lorasmith.errors import BadOption
@@ -206,6 +207,7 @@ def _plan(
         inputs = [checkpoint.folder or checkpoint.files[0], *here]
         check_output(os.fspath(out), inputs, single_file=checkpoint.folder is None, overwrite=overwrite)
     read = weigh_modules([sources.read_adapter(one.given) for one in given], given, options.weights)
+    options = replace(options, weights=tuple(numbered(options.weights, given)))
     return build_plan(checkpoint, [(adapter, one.weight) for adapter, one in zip(read, given, strict=True)], options)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from lorasmith import pushing
 from lorasmith.adapter import Adapter
 from lorasmith.adapterfile import digest_of, is_file, kept, open_spot, record_of
-from lorasmith.arguments import AdapterArguments, Given, Path, Weighted, weigh_modules, weighted
+from lorasmith.arguments import AdapterArguments, Given, Path, Weighted, numbered, weigh_modules, weighted
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.combining import LINEAR, choose
 from lorasmith.combining.combined import read_factor
@@ -36,7 +36,7 @@ from lorasmith.recipe import origin_facts
 from lorasmith.recompression import Request, folded, folds_left, singular_values
 from lorasmith.records import Progress, SideFile
 from lorasmith.reports import Interference, MixReport
-from lorasmith.sidefiles import copied, has_tokenizer, tokenizer_of
+from lorasmith.sidefiles import copied, is_one_tokenizer, with_tokenizer
 from lorasmith.sources import Sources
 
 
@@ -262,21 +262,22 @@ def _mix(
         refuse_residual(adapters)
     mixture = gather(_directions(pairs) if verbatim else pairs, request.method, prefer=preferred, base=checkpoint)
     _require_possible(mixture, request)
-    behind = [one.path for one, weight in pairs if weight and has_tokenizer(one)]
-    if behind and out is not None and is_file(out):
-        note = (
-            f"a single file has no tokenizer beside it: that of {listed(behind)} stays behind; a folder would have it"
-        )
-        mixture = replace(mixture, notes=(*mixture.notes, note))
+    beside, notes = _tokenizer(pairs, preferred, inside=out is not None and is_file(out))
+    mixture = replace(mixture, notes=(*mixture.notes, *notes))
     request = replace(request, code="F32" if verbatim else _code(mixture, request, run.dtype))
-    job = _job(mixture, request, run, _record(mixture, request, patterns, checkpoint, run.dtype), verbatim=verbatim)
+    job = _job(
+        mixture,
+        request,
+        run,
+        _record(mixture, request, numbered(patterns, given), checkpoint, run.dtype),
+        verbatim=verbatim,
+    )
     stamps = [adapter.stamp for adapter in adapters] + [
         shard.stamp for shard in (checkpoint.shards if checkpoint else ())
     ]
     size = takes(job)
     if size is not None and not (out is None and run.dry_run):
         require_room(out or tempfile.gettempdir(), size, at_most=not verbatim)
-    beside = () if out is not None and is_file(out) else _tokenizer(pairs, preferred)
     if run.dry_run:
         return report_mix(job, write(job, None)[1], None, started)
     with open_spot(out, digest_of(job.record), stamps, overwrite=run.overwrite, beside=beside) as spot:
@@ -303,13 +304,21 @@ def _preferred(given: Sequence[Weighted], prefer: str | None) -> int | None:
     raise BadOption(f"--prefer {prefer} is none of the adapters: {listed([one.path for one in given], 8)}")
 
 
-def _tokenizer(adapters: Sequence[tuple[Adapter, float]], preferred: int | None) -> Sequence[SideFile]:
-    """The tokenizer that the adapters carry, as an adapter in a folder has it beside it."""
-    chosen = () if preferred is None else (adapters[preferred][0],)
-    files = tokenizer_of(chosen, "") or tokenizer_of(
-        [adapter for adapter, weight in adapters if weight], "say with --prefer ADAPTER whose is taken"
-    )
-    return [copied(name, path) for name, path in sorted(files.items())]
+def _tokenizer(
+    adapters: Sequence[tuple[Adapter, float]], preferred: int | None, *, inside: bool
+) -> tuple[Sequence[SideFile], Sequence[str]]:
+    """The tokenizer that goes along, beside the adapter unless that is a single file, and what is to be said of it."""
+    having = with_tokenizer([adapter for adapter, weight in adapters if weight])
+    if preferred is not None:
+        having = with_tokenizer([adapters[preferred][0]]) or having
+    if not having:
+        return (), ()
+    whose = listed([one.path for one in having])
+    if inside:
+        return (), [f"a single file has no tokenizer beside it: that of {whose} stays behind; a folder would have it"]
+    if not is_one_tokenizer(having):
+        return (), [f"the tokenizers of {whose} differ, and none goes along; --prefer ADAPTER says whose does"]
+    return [copied(name, path) for name, path in sorted(having[0].side_files.items())], ()
 
 
 def _require_possible(mixture: Mixture, request: Request) -> None:
@@ -380,7 +389,7 @@ def _record(
         method=asdict(request.method),
         criterion=request.criterion.facts,
         balance=request.balance,
-        weights=list(patterns),
+        weights=patterns,
         dtype=dtype,
         adapters=[
             {

@@ -86,7 +86,7 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         dtype=options.dtype,
         allow_overflow=options.allow_overflow,
         max_shard_size=options.max_shard_size,
-        **_rule(options),
+        **_asked(options),
     )
     beside: tuple[SideFile, ...] = ()
     if checkpoint.folder is not None:
@@ -167,10 +167,19 @@ def _combined(assembly: Assembly, adapters: Sequence[tuple[Adapter, float]], met
     )
 
 
-def _rule(options: Options) -> dict[str, Any]:
-    """What a record says of how adapters were combined, where that is not the plain sum."""
+def _asked(options: Options) -> dict[str, Any]:
+    """What a record says of options that a merge does not take of itself."""
+    given: dict[str, Any] = {
+        "weights": list(options.weights),
+        "rename": list(options.renames),
+        "expert_layout": options.expert_layout,
+        "architecture": options.architecture,
+        "tokenizer": options.tokenizer,
+        "base_is_residual": options.base_is_residual,
+        "allow_unmatched": options.allow_unmatched,
+    }
     method = {} if options.method.is_linear else {"method": dataclasses.asdict(options.method)}
-    return {**method, **({"weights": list(options.weights)} if options.weights else {})}
+    return {**method, **{name: value for name, value in given.items() if value}}
 
 
 def _rule_notes(options: Options) -> Iterator[str]:

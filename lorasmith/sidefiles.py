@@ -70,27 +70,25 @@ def _adapters_tokenizer(adapters: Sequence[Adapter], wanted: str | None) -> Mapp
     """The tokenizer files that replace the base's as one set; none where the base's stay."""
     if wanted not in (None, "base", "adapter"):
         raise BadOption(f"tokenizer {wanted!r} is neither base nor adapter")
-    found = {} if wanted == "base" else tokenizer_of(adapters, "use --tokenizer base")
-    if wanted == "adapter" and not found:
+    having = [] if wanted == "base" else with_tokenizer(adapters)
+    if wanted == "adapter" and not having:
         raise BadOption("--tokenizer adapter was given, but no adapter folder holds a tokenizer")
-    return found
-
-
-def tokenizer_of(adapters: Sequence[Adapter], way_out: str) -> Mapping[str, str]:
-    """The tokenizer files that adapters carry; BadOption where they differ, with a ``way_out`` of it."""
-    having = [one for one in adapters if has_tokenizer(one)]
-    contents = {tuple((name, _read(path)) for name, path in sorted(one.side_files.items())) for one in having}
-    if len(contents) > 1:
+    if not is_one_tokenizer(having):
         raise BadOption(
-            f"{listed([one.path for one in having])} carry different tokenizers; {way_out}, "
+            f"{listed([one.path for one in having])} carry different tokenizers; use --tokenizer base, "
             "or take the tokenizer files out of all but one adapter folder"
         )
     return having[0].side_files if having else {}
 
 
-def has_tokenizer(adapter: Adapter) -> bool:
-    """Whether a tokenizer, and not only a part of one, is beside an adapter."""
-    return any(name.startswith("token") for name in adapter.side_files)
+def with_tokenizer(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Those that have a tokenizer, and not only a part of one, beside them."""
+    return [one for one in adapters if any(name.startswith("token") for name in one.side_files)]
+
+
+def is_one_tokenizer(adapters: Sequence[Adapter]) -> bool:
+    """Whether the tokenizer files beside adapters are the same ones."""
+    return len({tuple((name, _read(path)) for name, path in sorted(one.side_files.items())) for one in adapters}) < 2
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

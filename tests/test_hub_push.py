@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,21 @@ def test_a_branch_a_message_and_privacy_are_as_asked_for(
     assert report.pushed is not None
     assert repository.messages[repository.refs["try"]] == "A try"
     assert repository.refs["try"] == report.pushed.commit
-    lorasmith.push(made / "lora", "me/secret", private=True, **at)
-    assert hub.repositories["me/secret"].private
+    for _ in range(2):
+        lorasmith.push(made / "lora", "me/secret", private=True, **at)
+        assert hub.repositories["me/secret"].private
+
+
+def test_nothing_private_goes_to_a_public_repository(hub: Hub, at: dict[str, str], made: Path) -> None:
+    before = hub.add("me/open", made / "small")
+    refused = pytest.raises(lorasmith.BadOption, match="me/open exists and is public, and --private is for one")
+    with refused:
+        lorasmith.push(made / "lora", "me/open", private=True, **at)
+    with refused:
+        lorasmith.merge("org/base", "me/lora", push="me/open", private=True, **at)
+    with refused:
+        lorasmith.mix("me/lora", push="me/open", private=True, **at)
+    assert hub.repositories["me/open"].refs["main"] == before
 
 
 def test_a_pull_request_leaves_the_branch_alone(hub: Hub, run: Run, made: Path) -> None:
@@ -640,6 +654,22 @@ def test_the_card_of_a_rule_says_so_and_its_command_makes_the_same(hub: Hub, run
     assert "rank 2" in card
 
 
+def test_a_card_s_command_has_every_option_that_a_merge_was_given(
+    hub: Hub, run: Run, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "small", tmp_path / "small")
+    (tmp_path / "small" / "tokenizer.json").write_text("{}")
+    hub.add("me/small", tmp_path / "small")
+    adapters = ("me/lora", "me/small")
+    options = ("--weights", "me/small:q_proj=0.5", "--rename", r"^model\.layers\.=layers.", "--tokenizer", "base")
+    run("merge", "org/base", *adapters, *options, "--allow-unmatched", "--push", "me/merged", token=WRITER)
+    (command,) = re.findall(r"^lorasmith merge .*$", hub.content("me/merged", "README.md").decode(), re.M)
+    commit = hub.repositories["me/small"].refs["main"]
+    assert f"--weights me/small@{commit}:q_proj=0.5" in command
+    run(*shlex.split(command)[1:])
+    assert pushed(hub) == on_disk(tmp_path / "merged")
+
+
 def test_the_card_of_a_single_file_speaks_of_no_other(hub: Hub, run: Run, tmp_path: Path) -> None:
     save_file(bases(SIZES), tmp_path / "one.safetensors")
     run("merge", "one.safetensors", "me/small", "--push", "me/one", token=WRITER)
@@ -863,7 +893,7 @@ def test_a_mix_that_could_not_be_pushed_stays_and_says_how_to_push_it(
 ) -> None:
     hub.fault("POST", "/commit/", status=500, times=2)
     arguments = ("mix", "me/lora", "me/small", "--push", "me/mixed", "--private", "--revision", "it's")
-    hub.repositories["me/mixed"] = hub.repositories["me/lora"]
+    hub.repositories["me/mixed"] = replace(hub.repositories["me/lora"], private=True)
     hub.repositories["me/mixed"].refs["it's"] = hub.repositories["me/lora"].refs["main"]
     done = run(*arguments, code=1, token=WRITER)
     assert re.fullmatch(r"Error: .*HTTP 500.*; run the same command again\n", done.stderr)

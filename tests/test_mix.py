@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -472,9 +473,9 @@ def test_a_tokenizer_goes_along_into_a_folder(tmp_path: Path) -> None:
     assert any(f"that of {one} stays behind" in note for note in report.notes)
 
     (other / "tokenizer.json").write_text('{"added": 2}')
-    with pytest.raises(lorasmith.BadOption, match="carry different tokenizers; say with --prefer ADAPTER"):
-        lorasmith.mix(pair, tmp_path / "both")
-    assert not (tmp_path / "both").exists()
+    report = lorasmith.mix(pair, tmp_path / "neither")
+    assert any("differ, and none goes along; --prefer ADAPTER says whose" in note for note in report.notes)
+    assert not (tmp_path / "neither" / "tokenizer.json").exists()
     lorasmith.mix(pair, tmp_path / "both", prefer=str(other))
     assert (tmp_path / "both" / "tokenizer.json").read_text() == '{"added": 2}'
     assert not (tmp_path / "both" / "tokenizer_config.json").exists()
@@ -729,3 +730,13 @@ def test_a_disk_without_room_for_a_mix_is_told_of_before_anything_is_computed(
     with pytest.raises(lorasmith.NoSpace, match="make room or choose another output"):
         lorasmith.resize(pair[0][0], tmp_path / "out", rank=2, dry_run=True)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_record_has_an_adapter_s_number_and_no_path(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
+    (one, _), (two, _) = pair[:2]
+    shutil.copytree(one, tmp_path / "elsewhere")
+    for out, first in (("here", one), ("there", tmp_path / "elsewhere")):
+        lorasmith.mix([first, two], tmp_path / out, weights=[f"{first}:linear=0.5", "tall=2"])
+    record = (tmp_path / "here" / "lorasmith.json").read_text()
+    assert json.loads(record)["weights"] == ["[1]:linear=0.5", "tall=2"]
+    assert record == (tmp_path / "there" / "lorasmith.json").read_text()

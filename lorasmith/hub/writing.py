@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorasmith.errors import LorasmithError
+from lorasmith.errors import BadOption, LorasmithError
 from lorasmith.hub import Hub
 from lorasmith.hub.failures import PUSH, told
 from lorasmith.records import Origin, Pushed
@@ -31,11 +31,21 @@ class Target:
 
 
 def check_writable(hub: Hub, target: Target) -> None:
-    """Raise HubRefused unless the token may write to a repository, which need not exist; makes nothing."""
+    """Raise HubRefused unless the token may write to a repository, which need not exist; makes nothing.
+
+    Raises BadOption for one that is to be private and is not.
+    """
     with told(target.repo, hub.api.endpoint, wanted=PUSH):
         name = hub.api.whoami()["name"]
-        if target.create_pr or not hub.api.repo_exists(target.repo):
-            return
+        there = hub.api.repo_exists(target.repo)
+        public = there and target.private and not hub.api.repo_info(target.repo).private
+    if public:
+        raise BadOption(
+            f"{target.repo} exists and is public, and --private is for one that is made; make it private in its "
+            "settings, push to another name, or leave --private out"
+        )
+    if target.create_pr or not there:
+        return
     with told(target.repo, hub.api.endpoint, wanted=f"to write to it (logged in as {name})"):
         hub.api.auth_check(target.repo, write=True)
 
