@@ -351,6 +351,14 @@ def test_a_dry_run_foretells_what_the_merge_writes_and_refuses_what_it_would(roo
     assert plan["bytes_written"] == written
     assert "--overwrite" in run(*MERGE, "--dry-run", code=1).stderr
     assert "smallest that works" in run(*MERGE[:-1], "new", "--dry-run", "--memory", "1kB", code=1).stderr
+    assert "config.json is no folder" in run(*MERGE[:-1], "merged/config.json/new/out", "--dry-run", code=1).stderr
+
+
+def test_an_output_that_may_not_be_written_is_refused_by_the_plan(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lorasmith.plan("base", "adapter", "new/out")
+    monkeypatch.setattr(os, "access", lambda path, _: path != str(room))  # root may write everywhere
+    with pytest.raises(lorasmith.IOFailed, match=r"cannot write beside new/out: Permission denied: .*/room; "):
+        lorasmith.plan("base", "adapter", "new/out")
 
 
 def test_the_report_names_every_adapter_and_what_it_took(room: Path) -> None:
