@@ -28,6 +28,9 @@ WEIGHT_ENDINGS = (
     ".onnx_data", ".tflite", ".mlmodel", ".mlpackage", ".npz", ".pkl", ".index.json",
 )  # fmt: skip
 
+SHARD = re.compile(r"-\d{5}-of-(?!00001\.)\d{5}\.safetensors$")
+"""How the name of a file ends that is one of several."""
+
 FOREIGN_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf", "runs")
 """Sub-folders by which repositories carry the same model in other formats, or training logs."""
 
@@ -169,6 +172,11 @@ def choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) -> 
             return name
     for ending in (INDEX_SUFFIX, ".safetensors"):
         found = [name for name in names if name.endswith(ending) and not name.startswith("adapter_model.")]
+        if found and all(SHARD.search(name) for name in found):
+            raise MissingFile(
+                f"{folder} holds {listed(found)} and no {SHARD.sub(INDEX_SUFFIX, found[0])}, which says what belongs "
+                "together; the download is incomplete"
+            )
         if len(found) == 1:
             return found[0]
         if found:
@@ -190,6 +198,12 @@ def _no_weights(folder: str, names: list[str]) -> LorasmithError:
         return Unsupported(
             f"{folder} holds no weights under a name that transformers knows, only {listed(pickles)}; "
             "give the path of the file you mean"
+        )
+    foreign = [name for name in names if _is_weights(name) and not name.startswith("adapter_model.")]
+    if foreign:
+        return Unsupported(
+            f"{folder} holds weights only in formats that lorasmith does not read: {listed(foreign)}; "
+            "give the safetensors model that they were made from"
         )
     return MissingFile(f"{folder} holds no *.safetensors file; is it a model folder, and was it downloaded completely?")
 

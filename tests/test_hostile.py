@@ -480,6 +480,14 @@ BASES: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
         ]),
         BadFile, ("one.safetensors", "two.safetensors"),
     ),
+    "a shard without its index": (
+        replaced("model.safetensors", lambda file: save_file({"a": torch.ones(1)}, file.parent / FIRST)),
+        MissingFile, (FIRST, "model.safetensors.index.json", "incomplete"),
+    ),
+    "weights in other formats alone": (
+        replaced("model.safetensors", lambda file: (file.parent / "model-Q4.gguf").write_bytes(b"GGUF")),
+        NotSupported, ("model-Q4.gguf", "safetensors model"),
+    ),
     "modules.json that is broken": (text("modules.json", "["), BadFile, ("modules.json",)),
     "quantisation in the config": (
         text("config.json", json.dumps({"quantization_config": QUANTISED})), NotSupported, ("base", "bitsandbytes"),
