@@ -321,6 +321,7 @@ def test_another_kind_of_file_is_told_apart(room: Path, victim: str, kind: str) 
     message = refusal(room, BadFile, str(room / victim))
     assert ("safetensors file" if kind == "JSON" else kind.lower()) in message.lower()
     assert ("git lfs pull" in message) == (kind == "Git LFS pointer")
+    assert ("but JSON; give the folder" in message) == (kind == "JSON")
 
 
 @pytest.mark.parametrize("victim", ["base/config.json", "adapter/adapter_config.json"])
