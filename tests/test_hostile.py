@@ -780,6 +780,17 @@ def test_an_adapter_that_is_broken_or_does_not_fit_is_refused(
     refusal(room, kind, *named)
 
 
+def test_layers_that_an_adapter_should_have_and_lacks_are_named(room: Path) -> None:
+    whole = lorasmith.plan(room / "base", room / "adapter").warnings
+    settings(modules_to_save=["embed_tokens", "score"], target_modules=["q_proj", "k_proj", "absent"])(room / "adapter")
+    tensors(lambda all_: [all_.pop(name) for name in list(all_) if "k_proj" in name])(room / "adapter")
+    saved, adapted = (text for text in lorasmith.plan(room / "base", room / "adapter").warnings if text not in whole)
+    assert "names embed_tokens (modules_to_save)" in saved
+    assert "names k_proj (target_modules)" in adapted
+    settings(exclude_modules=".*k_proj", modules_to_save=None)(room / "adapter")
+    assert lorasmith.plan(room / "base", room / "adapter").warnings == whole
+
+
 # ------------------------------------------------------------------------------------------------------ output
 
 
