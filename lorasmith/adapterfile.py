@@ -200,8 +200,14 @@ def open_spot(
 def kept(path: str) -> Adapter:
     """The adapter in a temporary file, which goes when the adapter does."""
     adapter = read_adapter(path)
-    weakref.finalize(adapter, shutil.rmtree, os.path.dirname(path), ignore_errors=True)
+    weakref.finalize(adapter, _remove, os.path.dirname(path), os.getpid())
     return adapter
+
+
+def _remove(folder: str, owner: int) -> None:
+    """Remove a temporary folder; a forked child leaves it to the process that made it."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def record_of(**facts: Any) -> dict[str, Any]:
