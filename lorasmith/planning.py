@@ -275,7 +275,7 @@ def _warnings(
         if adapter.names_base is not None and short(adapter.names_base) not in known:
             yield (
                 f"{adapter.path} says it was trained on {adapter.names_base!r}; this base is "
-                f"{sorted(known)[0]!r}. If that is the same model under another name, all is well"
+                f"{known[0]!r}. If that is the same model under another name, all is well"
             )
 
 
@@ -298,14 +298,17 @@ def _lacking(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> Iter
             )
 
 
-def _base_names(checkpoint: Checkpoint) -> set[str]:
-    """The names this base goes by: its folder's, its Hub cache's, its config's."""
+def _base_names(checkpoint: Checkpoint) -> list[str]:
+    """The names this base goes by: its folder's, its Hub cache's, its config's; a bare file's own first."""
     path = os.path.realpath(checkpoint.path)
-    names = {short(os.path.abspath(checkpoint.path)), short(path)}
-    cached = re.search(r"models--[^/]*--([^/]+)/snapshots/", path.replace(os.sep, "/") + "/")
+    paths = [os.path.abspath(checkpoint.path), path]
+    if checkpoint.folder is None:
+        paths += [*(os.path.splitext(one)[0] for one in paths), *map(os.path.dirname, paths)]
+    names = list(map(short, paths))
+    cached = re.search(r"models--[^/]*--([^/]+)/(?:snapshots|blobs)/", path.replace(os.sep, "/") + "/")
     if cached:
-        names = {short(cached[1])}
+        names = [short(cached[1])]
     if checkpoint.origin is not None:
-        names = {short(checkpoint.origin.repo)}
+        names = [short(checkpoint.origin.repo)]
     own = checkpoint.config.get("_name_or_path")
-    return names | ({short(own)} if isinstance(own, str) and own else set())
+    return [*names, short(own)] if isinstance(own, str) and own else names

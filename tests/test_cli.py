@@ -684,6 +684,31 @@ def test_an_adapter_that_names_another_base_is_warned_of(room: Path) -> None:
     assert re.fullmatch(r"Warning: adapter says it was trained on 'org/llama-9'; this base is 'base'.*\n", done.stderr)
 
 
+@pytest.mark.parametrize("place", ["org/llama-9/model.safetensors", "files/Llama-9.safetensors"])
+def test_a_bare_base_goes_by_its_folder_s_name_and_its_own(room: Path, place: str) -> None:
+    config = json.loads((room / "adapter" / "adapter_config.json").read_text())
+    write_json(room / "adapter" / "adapter_config.json", {**config, "base_model_name_or_path": "org/llama-9"})
+    os.makedirs(os.path.dirname(place))
+    shutil.copy("base/model.safetensors", place)
+    assert lorasmith.plan(place, "adapter").warnings == ()
+    (warning,) = lorasmith.plan("base/model.safetensors", "adapter").warnings
+    assert "this base is 'model.safetensors'" in warning
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_bare_base_in_the_shared_cache_goes_by_its_repository(room: Path, link: bool) -> None:
+    config = json.loads((room / "adapter" / "adapter_config.json").read_text())
+    write_json(room / "adapter" / "adapter_config.json", {**config, "base_model_name_or_path": "org/llama-9"})
+    file = room / "models--me--Llama-9" / "snapshots" / "0123" / "model.safetensors"
+    blob = room / "models--me--Llama-9" / "blobs" / "4567" if link else file
+    for one in (file, blob):
+        one.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy("base/model.safetensors", blob)
+    if link:
+        file.symlink_to(blob)
+    assert lorasmith.plan(file, "adapter").warnings == ()
+
+
 def test_a_bare_adapter_without_alpha_is_warned_of(room: Path) -> None:
     shutil.copy("adapter/adapter_model.safetensors", "bare.safetensors")
     done = run("merge", "base", "bare.safetensors", "-o", "out", "--no-progress")
