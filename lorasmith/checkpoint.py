@@ -6,13 +6,14 @@ Opening one reads headers, the index and the config; no tensor data.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasmith.errors import BadFile, LorasmithError, MissingFile, Unsupported, listed
+from lorasmith.errors import BadFile, IOFailed, LorasmithError, MissingFile, Unsupported, listed
 from lorasmith.folders import Folder, OnDisk
 from lorasmith.jsonfile import load_json, read_json
 from lorasmith.records import Origin
@@ -99,14 +100,18 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def require_path(path: str) -> None:
-    """Raise MissingFile, naming what is like it nearby, unless the path exists."""
+    """Raise MissingFile, naming what is like it nearby, unless the path exists; IOFailed where that cannot be seen."""
     if os.path.exists(path):
         return
     if not path:
         raise MissingFile("an empty path was given; is a variable of the script not set?")
+    if os.path.islink(path):
+        raise MissingFile(f"{path} is a link to nothing; what it was made for has been moved or removed")
     parent, name = os.path.split(os.path.abspath(path))
     try:
         near = difflib.get_close_matches(name, os.listdir(parent), n=3)
+    except PermissionError:
+        raise IOFailed(errno.EACCES, f"{path} cannot be looked for: the folder {parent} may not be read") from None
     except OSError:
         raise MissingFile(f"{path} does not exist, nor does the folder {parent}") from None
     folder = os.path.dirname(path.rstrip(os.sep))

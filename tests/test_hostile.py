@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -628,6 +629,25 @@ def test_shards_in_a_sentence_transformers_module_are_merged_and_not_copied_over
     merged = load_file(room / "out" / "0_Transformer" / FIRST) | load_file(room / "out" / SECOND)
     right = load_file(room / "earlier" / "model.safetensors")
     assert all(torch.equal(merged[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize("missing", ["base", "adapter"])
+def test_a_path_that_is_a_link_to_nothing_says_so(room: Path, missing: str) -> None:
+    (room / "link").symlink_to("nowhere")
+    refusal(room, MissingFile, f"{room / 'link'} is a link to nothing", **{missing: "link"})
+
+
+@pytest.mark.parametrize("missing", ["base", "adapter"])
+def test_what_is_in_a_folder_that_may_not_be_read_is_not_said_to_be_missing(
+    room: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def listdir(folder: str, real: Callable[[str], list[str]] = os.listdir) -> list[str]:
+        if folder == str(room / "locked"):  # root may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return real(folder)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    refusal(room, IOFailed, f"the folder {room / 'locked'} may not be read", **{missing: "locked/model"})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
