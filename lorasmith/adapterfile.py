@@ -212,8 +212,14 @@ def kept(path: str, beside: Sequence[SideFile] = ()) -> Adapter:
     """The adapter in a temporary file, which goes when the adapter does, with what is ``beside`` it."""
     sources = {one.name: one.source for one in beside if one.source is not None}
     adapter = replace(read_adapter(path), side_files=sources)
-    weakref.finalize(adapter, shutil.rmtree, os.path.dirname(path), ignore_errors=True)
+    weakref.finalize(adapter, _remove, os.path.dirname(path), os.getpid())
     return adapter
+
+
+def _remove(folder: str, owner: int) -> None:
+    """Remove a temporary folder; a forked child leaves it to the process that made it."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def record_of(**facts: Any) -> dict[str, Any]:

@@ -6,13 +6,14 @@ Opening one reads headers, the index and the config; no tensor data.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorasmith.errors import BadFile, LorasmithError, MissingFile, Unsupported, listed
+from lorasmith.errors import BadFile, IOFailed, LorasmithError, MissingFile, Unsupported, listed
 from lorasmith.folders import Folder, OnDisk
 from lorasmith.jsonfile import load_json, read_json
 from lorasmith.records import Origin
@@ -27,6 +28,9 @@ WEIGHT_ENDINGS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".ggml", ".onnx",
     ".onnx_data", ".tflite", ".mlmodel", ".mlpackage", ".npz", ".pkl", ".index.json",
 )  # fmt: skip
+
+SHARD = re.compile(r"-\d{5}-of-(?!00001\.)\d{5}\.safetensors$")
+"""How the name of a file ends that is one of several."""
 
 FOREIGN_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf", "runs")
 """Sub-folders by which repositories carry the same model in other formats, or training logs."""
@@ -96,14 +100,18 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def require_path(path: str) -> None:
-    """Raise MissingFile, naming what is like it nearby, unless the path exists."""
+    """Raise MissingFile, naming what is like it nearby, unless the path exists; IOFailed where that cannot be seen."""
     if os.path.exists(path):
         return
     if not path:
         raise MissingFile("an empty path was given; is a variable of the script not set?")
+    if os.path.islink(path):
+        raise MissingFile(f"{path} is a link to nothing; what it was made for has been moved or removed")
     parent, name = os.path.split(os.path.abspath(path))
     try:
         near = difflib.get_close_matches(name, os.listdir(parent), n=3)
+    except PermissionError:
+        raise IOFailed(errno.EACCES, f"{path} cannot be looked for: the folder {parent} may not be read") from None
     except OSError:
         raise MissingFile(f"{path} does not exist, nor does the folder {parent}") from None
     folder = os.path.dirname(path.rstrip(os.sep))
@@ -169,6 +177,11 @@ def choose_weights(folder: str, names: list[str], config: Mapping[str, Any]) -> 
             return name
     for ending in (INDEX_SUFFIX, ".safetensors"):
         found = [name for name in names if name.endswith(ending) and not name.startswith("adapter_model.")]
+        if found and all(SHARD.search(name) for name in found):
+            raise MissingFile(
+                f"{folder} holds {listed(found)} and no {SHARD.sub(INDEX_SUFFIX, found[0])}, which says what belongs "
+                "together; the download is incomplete"
+            )
         if len(found) == 1:
             return found[0]
         if found:
@@ -190,6 +203,12 @@ def _no_weights(folder: str, names: list[str]) -> LorasmithError:
         return Unsupported(
             f"{folder} holds no weights under a name that transformers knows, only {listed(pickles)}; "
             "give the path of the file you mean"
+        )
+    foreign = [name for name in names if _is_weights(name) and not name.startswith("adapter_model.")]
+    if foreign:
+        return Unsupported(
+            f"{folder} holds weights only in formats that lorasmith does not read: {listed(foreign)}; "
+            "give the safetensors model that they were made from"
         )
     return MissingFile(f"{folder} holds no *.safetensors file; is it a model folder, and was it downloaded completely?")
 

@@ -130,7 +130,7 @@ def build_plan(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
             *_rule_notes(options),
             *_notes(structure, bindings),
         ),
-        warnings=tuple(_warnings(checkpoint, adapters, uses)),
+        warnings=tuple(_warnings(checkpoint, adapters, bindings, uses)),
         hash=digest,
         base_origin=checkpoint.origin,
     )
@@ -266,11 +266,15 @@ def _notes(structure: Structure, bindings: Sequence[Binding]) -> Iterator[str]:
 
 
 def _warnings(
-    checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], uses: Sequence[AdapterUse]
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    bindings: Sequence[Binding],
+    uses: Sequence[AdapterUse],
 ) -> Iterator[str]:
     known = _base_names(checkpoint)
-    for (adapter, weight), use in zip(adapters, uses, strict=True):
+    for (adapter, weight), binding, use in zip(adapters, bindings, uses, strict=True):
         yield from adapter.warnings
+        yield from _lacking(checkpoint, adapter, binding)
         if use.unmatched:
             yield f"{adapter.path}: {len(use.unmatched)} tensors fit nothing and were left out: {listed(use.unmatched)}"
         if adapter.scale_assumed:
@@ -280,18 +284,40 @@ def _warnings(
         if adapter.names_base is not None and short(adapter.names_base) not in known:
             yield (
                 f"{adapter.path} says it was trained on {adapter.names_base!r}; this base is "
-                f"{sorted(known)[0]!r}. If that is the same model under another name, all is well"
+                f"{known[0]!r}. If that is the same model under another name, all is well"
             )
 
 
-def _base_names(checkpoint: Checkpoint) -> set[str]:
-    """The names this base goes by: its folder's, its Hub cache's, its config's."""
+def _lacking(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> Iterator[str]:
+    """A warning of layers of the base that the adapter's config says were trained, and that it changes nothing of."""
+    changed = {one.target.name for one in binding.bound}
+    for key in ("modules_to_save", "target_modules"):
+        named = adapter.config.get(key)
+        if not isinstance(named, list) or (key == "target_modules" and adapter.config.get("exclude_modules")):
+            continue
+        layers = {
+            name: [entry.name for entry in checkpoint.entries if f".{entry.name}".endswith(f".{name}.weight")]
+            for name in named
+        }
+        missing = [str(name) for name, found in layers.items() if found and changed.isdisjoint(found)]
+        if missing:
+            yield (
+                f"{adapter.path}: its config names {listed(missing)} ({key}), which the base has, and it holds nothing "
+                "for that; the file is incomplete, or PEFT found no such layer"
+            )
+
+
+def _base_names(checkpoint: Checkpoint) -> list[str]:
+    """The names this base goes by: its folder's, its Hub cache's, its config's; a bare file's own first."""
     path = os.path.realpath(checkpoint.path)
-    names = {short(os.path.abspath(checkpoint.path)), short(path)}
-    cached = re.search(r"models--[^/]*--([^/]+)/snapshots/", path.replace(os.sep, "/") + "/")
+    paths = [os.path.abspath(checkpoint.path), path]
+    if checkpoint.folder is None:
+        paths += [*(os.path.splitext(one)[0] for one in paths), *map(os.path.dirname, paths)]
+    names = list(map(short, paths))
+    cached = re.search(r"models--[^/]*--([^/]+)/(?:snapshots|blobs)/", path.replace(os.sep, "/") + "/")
     if cached:
-        names = {short(cached[1])}
+        names = [short(cached[1])]
     if checkpoint.origin is not None:
-        names = {short(checkpoint.origin.repo)}
+        names = [short(checkpoint.origin.repo)]
     own = checkpoint.config.get("_name_or_path")
-    return names | ({short(own)} if isinstance(own, str) and own else set())
+    return [*names, short(own)] if isinstance(own, str) and own else names

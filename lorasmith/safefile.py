@@ -98,6 +98,8 @@ def parse_header(file: str, read: Callable[[int], bytes], size: int, mtime_ns: i
     if not raw.startswith(b"{"):
         refuse_foreign(file, prefix + raw)
     if length > MAX_HEADER:
+        if prefix.lstrip().startswith(b"{"):
+            raise BadFile(f"{file} is not a safetensors file but JSON; give the folder that it is in")
         raise BadFile(
             f"{file} is not a safetensors file: its first 8 bytes announce a header of {length:,} bytes "
             f"(at most {MAX_HEADER:,} are allowed)"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import shutil
 import tempfile
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -33,18 +33,28 @@ def read_weights(file: str) -> tuple[Header, tuple[str, ...]]:
     return _spooled(file), (note, *pickle.notes)
 
 
+class _Copy(str):
+    """The path of a copy, which is gone once no tensor is at it any more."""
+
+
 def _spooled(file: str) -> Header:
-    """The header of a file whose tensors are read from a copy that is gone when this process is."""
+    """The header of a file whose tensors are read from a copy that goes when they do."""
     facts = os.stat(file)
     folder = tempfile.mkdtemp(prefix="lorasmith-")
-    path = spool(file, folder)
+    try:
+        path = spool(file, folder)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
     if os.path.isdir("/proc/self/fd"):
         fd = os.open(path, os.O_RDONLY)
         shutil.rmtree(folder)
-        path = f"/proc/self/fd/{fd}"
+        place = _Copy(f"/proc/self/fd/{fd}")
+        weakref.finalize(place, os.close, fd)
     else:
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy = read_header(path)
+        place = _Copy(path)
+        weakref.finalize(place, shutil.rmtree, folder, ignore_errors=True)
+    copy = read_header(place)
     return replace(copy, file=file, data_start=0, size=facts.st_size, mtime_ns=facts.st_mtime_ns)
 
 

@@ -351,6 +351,14 @@ def test_a_dry_run_foretells_what_the_merge_writes_and_refuses_what_it_would(roo
     assert plan["bytes_written"] == written
     assert "--overwrite" in run(*MERGE, "--dry-run", code=1).stderr
     assert "smallest that works" in run(*MERGE[:-1], "new", "--dry-run", "--memory", "1kB", code=1).stderr
+    assert "config.json is no folder" in run(*MERGE[:-1], "merged/config.json/new/out", "--dry-run", code=1).stderr
+
+
+def test_an_output_that_may_not_be_written_is_refused_by_the_plan(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lorasmith.plan("base", "adapter", "new/out")
+    monkeypatch.setattr(os, "access", lambda path, _: path != str(room))  # root may write everywhere
+    with pytest.raises(lorasmith.IOFailed, match=r"cannot write beside new/out: Permission denied: .*/room; "):
+        lorasmith.plan("base", "adapter", "new/out")
 
 
 def test_the_report_names_every_adapter_and_what_it_took(room: Path) -> None:
@@ -674,6 +682,31 @@ def test_an_adapter_that_names_another_base_is_warned_of(room: Path) -> None:
     write_json(room / "adapter" / "adapter_config.json", {**config, "base_model_name_or_path": "org/llama-9"})
     done = run(*MERGE, "-q")
     assert re.fullmatch(r"Warning: adapter says it was trained on 'org/llama-9'; this base is 'base'.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("place", ["org/llama-9/model.safetensors", "files/Llama-9.safetensors"])
+def test_a_bare_base_goes_by_its_folder_s_name_and_its_own(room: Path, place: str) -> None:
+    config = json.loads((room / "adapter" / "adapter_config.json").read_text())
+    write_json(room / "adapter" / "adapter_config.json", {**config, "base_model_name_or_path": "org/llama-9"})
+    os.makedirs(os.path.dirname(place))
+    shutil.copy("base/model.safetensors", place)
+    assert lorasmith.plan(place, "adapter").warnings == ()
+    (warning,) = lorasmith.plan("base/model.safetensors", "adapter").warnings
+    assert "this base is 'model.safetensors'" in warning
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_bare_base_in_the_shared_cache_goes_by_its_repository(room: Path, link: bool) -> None:
+    config = json.loads((room / "adapter" / "adapter_config.json").read_text())
+    write_json(room / "adapter" / "adapter_config.json", {**config, "base_model_name_or_path": "org/llama-9"})
+    file = room / "models--me--Llama-9" / "snapshots" / "0123" / "model.safetensors"
+    blob = room / "models--me--Llama-9" / "blobs" / "4567" if link else file
+    for one in (file, blob):
+        one.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy("base/model.safetensors", blob)
+    if link:
+        file.symlink_to(blob)
+    assert lorasmith.plan(file, "adapter").warnings == ()
 
 
 def test_a_bare_adapter_without_alpha_is_warned_of(room: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -321,6 +322,7 @@ def test_another_kind_of_file_is_told_apart(room: Path, victim: str, kind: str) 
     message = refusal(room, BadFile, str(room / victim))
     assert ("safetensors file" if kind == "JSON" else kind.lower()) in message.lower()
     assert ("git lfs pull" in message) == (kind == "Git LFS pointer")
+    assert ("but JSON; give the folder" in message) == (kind == "JSON")
 
 
 @pytest.mark.parametrize("victim", ["base/config.json", "adapter/adapter_config.json"])
@@ -480,6 +482,14 @@ BASES: dict[str, tuple[Change, type[Exception], tuple[str, ...]]] = {
         ]),
         BadFile, ("one.safetensors", "two.safetensors"),
     ),
+    "a shard without its index": (
+        replaced("model.safetensors", lambda file: save_file({"a": torch.ones(1)}, file.parent / FIRST)),
+        MissingFile, (FIRST, "model.safetensors.index.json", "incomplete"),
+    ),
+    "weights in other formats alone": (
+        replaced("model.safetensors", lambda file: (file.parent / "model-Q4.gguf").write_bytes(b"GGUF")),
+        NotSupported, ("model-Q4.gguf", "safetensors model"),
+    ),
     "modules.json that is broken": (text("modules.json", "["), BadFile, ("modules.json",)),
     "quantisation in the config": (
         text("config.json", json.dumps({"quantization_config": QUANTISED})), NotSupported, ("base", "bitsandbytes"),
@@ -619,6 +629,25 @@ def test_shards_in_a_sentence_transformers_module_are_merged_and_not_copied_over
     merged = load_file(room / "out" / "0_Transformer" / FIRST) | load_file(room / "out" / SECOND)
     right = load_file(room / "earlier" / "model.safetensors")
     assert all(torch.equal(merged[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize("missing", ["base", "adapter"])
+def test_a_path_that_is_a_link_to_nothing_says_so(room: Path, missing: str) -> None:
+    (room / "link").symlink_to("nowhere")
+    refusal(room, MissingFile, f"{room / 'link'} is a link to nothing", **{missing: "link"})
+
+
+@pytest.mark.parametrize("missing", ["base", "adapter"])
+def test_what_is_in_a_folder_that_may_not_be_read_is_not_said_to_be_missing(
+    room: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def listdir(folder: str, real: Callable[[str], list[str]] = os.listdir) -> list[str]:
+        if folder == str(room / "locked"):  # root may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return real(folder)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    refusal(room, IOFailed, f"the folder {room / 'locked'} may not be read", **{missing: "locked/model"})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
@@ -769,6 +798,17 @@ def test_an_adapter_that_is_broken_or_does_not_fit_is_refused(
 ) -> None:
     spoil(room / "adapter")
     refusal(room, kind, *named)
+
+
+def test_layers_that_an_adapter_should_have_and_lacks_are_named(room: Path) -> None:
+    whole = lorasmith.plan(room / "base", room / "adapter").warnings
+    settings(modules_to_save=["embed_tokens", "score"], target_modules=["q_proj", "k_proj", "absent"])(room / "adapter")
+    tensors(lambda all_: [all_.pop(name) for name in list(all_) if "k_proj" in name])(room / "adapter")
+    saved, adapted = (text for text in lorasmith.plan(room / "base", room / "adapter").warnings if text not in whole)
+    assert "names embed_tokens (modules_to_save)" in saved
+    assert "names k_proj (target_modules)" in adapted
+    settings(exclude_modules=".*k_proj", modules_to_save=None)(room / "adapter")
+    assert lorasmith.plan(room / "base", room / "adapter").warnings == whole
 
 
 # ------------------------------------------------------------------------------------------------------ output

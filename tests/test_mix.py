@@ -526,6 +526,20 @@ def test_an_adapter_in_memory_goes_when_nobody_has_it_any_more(tmp_path: Path, p
     assert not os.path.exists(os.path.dirname(file))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_child_that_was_forked_leaves_the_adapter_to_its_parent(pair: list[tuple[Path, float]]) -> None:
+    code = (
+        "import lorasmith, os, sys\n"
+        "adapter = lorasmith.mix(sys.argv[1:], rank=1).adapter\n"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait()\n"
+        "print(os.path.isfile(adapter.file))\n"
+    )
+    paths = [str(path) for path, _ in pair]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 def test_a_dry_run_reports_everything_and_writes_nothing(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
     dry = lorasmith.mix(pair, tmp_path / "out", rank=3, dry_run=True)
     assert os.listdir(tmp_path) == []

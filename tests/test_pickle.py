@@ -335,6 +335,23 @@ def test_the_format_before_torch_1_6_is_told_and_spooled(tmp_path: Path) -> None
     assert found.memory == file.stat().st_size
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks /proc for open files")
+def test_a_copy_that_was_made_goes_when_its_tensors_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = saved(tmp_path, mixed(), _use_new_zipfile_serialization=False)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = len(os.listdir("/proc/self/fd"))
+    entry = read_weights(str(file))[0].entries[0]
+    assert os.path.getsize(entry.file) > entry.nbytes
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    del entry
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.setattr("lorasmith.weightfile.build_header", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read_weights(str(file))
+    assert os.listdir(tmp_path / "temporary") == []
+
+
 def test_spooling_writes_equal_bytes_each_time_and_over_nothing(tmp_path: Path) -> None:
     file = saved(tmp_path, bases(), _use_new_zipfile_serialization=False)
     (tmp_path / "a").mkdir()

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 
-from lorasmith.errors import BadOption, LorasmithError, NoSpace, OutputExists
+from lorasmith.errors import BadOption, IOFailed, LorasmithError, NoSpace, OutputExists
 from lorasmith.jsonfile import read_json
 from lorasmith.safefile import read_header
 
@@ -33,7 +33,7 @@ NOT_MODELS = ("checkpoint-", "global_step", "runs", ".git")
 
 
 def check_output(out: str, inputs: Sequence[str], *, single_file: bool, overwrite: bool) -> None:
-    """Refuse an output that is an input, that is no place for this result, or that would be lost."""
+    """Refuse an output that is an input, that is no place for this result, that would be lost, or cannot be made."""
     if not out or "\0" in out:
         raise BadOption(f"{out!r} is not a path to write to")
     target = os.path.realpath(out)
@@ -52,6 +52,20 @@ def check_output(out: str, inputs: Sequence[str], *, single_file: bool, overwrit
         )
     if overwrite or not is_left_over(partial_folder(target)):
         require_free(out, target, overwrite=overwrite)
+    _require_writable(out, target)
+
+
+def _require_writable(out: str, target: str) -> None:
+    """Raise IOFailed unless the partial folder can be made, and folders above it that are not there yet."""
+    folder = os.path.dirname(partial_folder(target))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise IOFailed(errno.ENOTDIR, f"cannot write beside {out}: {folder} is no folder; choose another output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        read_only = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & os.ST_RDONLY
+        why = errno.EROFS if read_only else errno.EACCES
+        raise IOFailed(why, f"cannot write beside {out}: {os.strerror(why)}: {folder}; choose another output")
 
 
 def require_free(out: str, target: str, *, overwrite: bool) -> None:
