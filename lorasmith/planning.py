@@ -295,11 +295,14 @@ def _lacking(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> Iter
         named = adapter.config.get(key)
         if not isinstance(named, list) or (key == "target_modules" and adapter.config.get("exclude_modules")):
             continue
-        layers = {
-            name: [entry.name for entry in checkpoint.entries if f".{entry.name}".endswith(f".{name}.weight")]
-            for name in named
-        }
-        missing = [str(name) for name, found in layers.items() if found and changed.isdisjoint(found)]
+        layers: dict[str, list[str]] = {name: [] for name in named if isinstance(name, str)}
+        for entry in checkpoint.entries:
+            module = entry.name.removesuffix(".weight")
+            while module and module != entry.name:  # by its whole name, and by all that it ends in
+                if module in layers:
+                    layers[module].append(entry.name)
+                module = module.partition(".")[2]
+        missing = [name for name, found in layers.items() if found and changed.isdisjoint(found)]
         if missing:
             yield (
                 f"{adapter.path}: its config names {listed(missing)} ({key}), which the base has, and it holds nothing "
