@@ -342,6 +342,9 @@ COMPOSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mllama": ("MllamaForConditionalGeneration", "MllamaConfig", {}),
     "qwen2 omni": ("Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2_5OmniThinkerConfig", {}),
     "colqwen": ("ColQwen2ForRetrieval", "ColQwen2Config", {}),
+    "nemotron omni": ("NemotronH_Omni_Reasoning_V3", "NemotronH_Omni_Reasoning_V3_Config", {}),
+    "backbone": ("BeitBackbone", "BeitConfig", {}),
+    "projection": ("CLIPTextModelWithProjection", "CLIPTextConfig", {}),
 }  # fmt: skip
 
 
