@@ -375,3 +375,13 @@ def test_two_modules_that_fit_one_tensor_are_refused(tmp_path: Path) -> None:
     with pytest.raises(lorasmith.AdapterMismatch, match=r"both fit 'layers\.0"):
         lorasmith.merge(base, one, tmp_path / "out", rename=[r"layers\.1=layers.0"])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_fits_nothing_beside_two_models_of_the_same_layers_is_named(tmp_path: Path) -> None:
+    base = small_llama(tmp_path, "base")
+    tensors = {**factors("one.layers.0.self_attn.q_proj", 32, 32), **factors("other.layers.1.self_attn.q_proj", 32, 32)}
+    both = write_adapter(tmp_path / "both", {**tensors, **factors("one.layers.0.self_attn.new", 32, 32)})
+    with pytest.raises(lorasmith.AdapterMismatch) as failed:
+        lorasmith.merge(base, both, tmp_path / "out")
+    assert "one.layers.0.self_attn.new.lora_A.weight" in str(failed.value)
+    assert "cannot be known" not in str(failed.value)

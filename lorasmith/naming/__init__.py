@@ -225,7 +225,10 @@ def _under_rule(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> dict[str,
         elif fits and len(found) == len(best):
             fits.append((strip, add))
     if len(fits) > 1:
-        naming.doubts[fits[0][0]] = [add for _, add in fits]
+        first = fits[0][0]
+        several = [add for strip, add in fits if strip == first]
+        if len(several) > 1:
+            naming.doubts[first] = several
         return plain
     return best
 
