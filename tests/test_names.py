@@ -377,6 +377,20 @@ def test_two_modules_that_fit_one_tensor_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_names_of_two_kinds_in_one_adapter_are_refused_as_that(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    transformers.ViTModel(config).save_pretrained(tmp_path / "base")
+    tensors: Tensors = {}
+    for name in ("encoder.layer.0.attention.attention.query", "layers.0.attention.k_proj", "layers.1.attention.q_proj"):
+        tensors |= factors(name, 8, 8)
+    write_adapter(tmp_path / "adapter", tensors)
+    with pytest.raises(lorasmith.AdapterMismatch, match=r"The base has encoder.*one reading must fit all") as failed:
+        lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert "Nearest" not in str(failed.value)
+    rename = [r"^encoder\.layer\.0\.attention\.attention\.query=layers.0.attention.q_proj"]
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rename=rename)
+
+
 def test_what_fits_nothing_beside_two_models_of_the_same_layers_is_named(tmp_path: Path) -> None:
     base = small_llama(tmp_path, "base")
     tensors = {**factors("one.layers.0.self_attn.q_proj", 32, 32), **factors("other.layers.1.self_attn.q_proj", 32, 32)}

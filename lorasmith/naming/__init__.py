@@ -292,12 +292,18 @@ def _describe(adapter: Adapter, namings: Sequence[_Naming], lost: Sequence[tuple
     missing = [name for _, one in lost for name in one.tensors]
     wanted = lost[0][0]
     checkpoint, obstacles = namings[0].checkpoint, [one.obstacles[wanted] for one in namings if wanted in one.obstacles]
-    near = _nearest(wanted, [entry.name for entry in checkpoint.entries])
+    is_mixed = any(one.find(wanted) is not None for one in namings)
+    near = [] if is_mixed else _nearest(wanted, [entry.name for entry in checkpoint.entries])
     total = adapter.tensor_count
     text = f"{adapter.path}: {len(missing)} of {total} tensors have no weight in {checkpoint.path}: "
     text += f"{listed(missing)}. "
     if obstacles:
         text += f"{obstacles[0]}. "
+    if is_mixed:
+        text += (
+            f"The base has {wanted}, but more of the adapter's names fit when they are read as the checkpoint's own, "
+            "as the running model's or under another beginning, and one reading must fit all. "
+        )
     if near:
         text += f"Nearest to {wanted} {'are' if len(near) > 1 else 'is'} {listed(near)}. "
     if not some:
