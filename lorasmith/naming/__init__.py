@@ -150,8 +150,9 @@ def match(
     matched = [Match(one, best[name]) for name, one in pairs if name in best]
     left = [one for name, one in pairs if name not in best]
     lost = [(name, one) for name, one in pairs if name not in best and not one.may_be_new]
-    if lost and any(naming.doubts for naming in namings):
-        raise _in_doubt(adapter, next(naming for naming in namings if naming.doubts))
+    doubtful = next((naming for naming in namings if naming.doubts and (lost or _is_torn(naming, deltas))), None)
+    if doubtful is not None:
+        raise _in_doubt(adapter, doubtful)
     if lost and not (allow_unmatched and matched):
         raise AdapterMismatch(_describe(adapter, namings, lost, bool(matched)))
     return matched, left
@@ -244,6 +245,7 @@ def _under_stems(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> dict[str
         one = _by_shape(stem, several, naming, deltas)
         if isinstance(one, str):
             mapping[stem] = one
+            naming.doubts.pop(stem, None)
         else:
             naming.doubts[stem] = one
     found = _plain(naming, deltas)
@@ -268,6 +270,12 @@ def _by_shape(stem: str, several: Sequence[str], naming: _Naming, deltas: Mappin
         if all(_has_shape(naming.find(one + rest), deltas[name].delta.shape) for name, rest in mine)
     ]
     return fit[0] if len(fit) == 1 else fit or list(several)
+
+
+def _is_torn(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> bool:
+    """Whether layers that nothing stands before are those of several parts of the base, whatever else fits them."""
+    is_bare = any((stems.stem_of(name) or ("?", ""))[0] == "" for name in deltas)
+    return "" in naming.doubts and is_bare and not isinstance(_by_shape("", naming.doubts[""], naming, deltas), str)
 
 
 def _in_doubt(adapter: Adapter, naming: _Naming) -> AdapterMismatch:
