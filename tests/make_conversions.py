@@ -23,6 +23,31 @@ from transformers import PreTrainedModel, conversion_mapping, core_model_loading
 
 TABLE = Path(__file__).parents[1] / "lorasmith" / "naming" / "conversions.json"
 
+_RESNET = {
+    "use_timm_backbone": False,
+    "backbone_config": {"model_type": "resnet", "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+}
+_SIGLIP = {"vision_config": {"model_type": "siglip_vision_model", "model_args": {"embed_dim": 64}}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 12}},
+    "beit": {"out_indices": [1, 2, 3, 4]},
+    "conditional_detr": _RESNET,
+    "detr": _RESNET,
+    "emu3": {"vocabulary_map": {"<image>": 8}},
+    "fast_vlm": _SIGLIP,
+    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[0, 0]]},
+    "moshi": {"audio_encoder_config": {"model_type": "mimi"}},
+    "omdet-turbo": {
+        "use_timm_backbone": False,
+        "backbone_config": {"model_type": "swin", "out_features": ["stage2", "stage3", "stage4"]},
+    },
+    "perception_lm": _SIGLIP,
+    "qwen3_omni_moe": {
+        "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 64}}
+    },
+}
+"""What configs need beside their defaults for a model, by model type; parts that want other libraries are exchanged."""
+
 
 def mapping() -> dict[str, list[Any]]:
     """All entries, by model type or class."""
@@ -67,9 +92,10 @@ def config_path(config: Any, part: Any) -> list[str] | None:
 
 def parts_of(model_class: type[PreTrainedModel]) -> tuple[str, list[list[Any]]] | None:
     """The prefix of the model's body, and its parts: path of the module, path in the config, class and model type."""
+    config_class = model_class.config_class
     try:
         with torch.device("meta"):
-            model = model_class(model_class.config_class())
+            model = model_class(config_class(**BESIDE.get(config_class.model_type, {})))
     except Exception:  # no defaults that make a model
         return None
     found = []

@@ -26,11 +26,7 @@ TABLE = Path(__file__).parents[1] / "lorasmith" / "naming" / "ties.json"
 def classes() -> Iterator[type[PreTrainedModel]]:
     """The public model classes of transformers that can be built from a config."""
     for name in sorted(dir(transformers)):
-        if (
-            re.search(r"(Model|Decoder|For\w+|LMHead\w*)$", name)
-            and "PreTrained" not in name
-            and not name.startswith("Auto")
-        ):
+        if "PreTrained" not in name and not name.startswith("Auto"):
             try:
                 found = getattr(transformers, name)
             except (ImportError, AttributeError, RuntimeError):

@@ -342,6 +342,14 @@ COMPOSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mllama": ("MllamaForConditionalGeneration", "MllamaConfig", {}),
     "qwen2 omni": ("Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2_5OmniThinkerConfig", {}),
     "colqwen": ("ColQwen2ForRetrieval", "ColQwen2Config", {}),
+    "nemotron omni": ("NemotronH_Omni_Reasoning_V3", "NemotronH_Omni_Reasoning_V3_Config", {}),
+    "qwen3 omni": (
+        "Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeConfig", make_conversions.BESIDE["qwen3_omni_moe"]
+    ),
+    "aya": ("AyaVisionForConditionalGeneration", "AyaVisionConfig", make_conversions.BESIDE["aya_vision"]),
+    "detr": ("DetrForObjectDetection", "DetrConfig", make_conversions.BESIDE["detr"]),
+    "backbone": ("BeitBackbone", "BeitConfig", {}),
+    "projection": ("CLIPTextModelWithProjection", "CLIPTextConfig", {}),
 }  # fmt: skip
 
 

@@ -375,3 +375,67 @@ def test_two_modules_that_fit_one_tensor_are_refused(tmp_path: Path) -> None:
     with pytest.raises(lorasmith.AdapterMismatch, match=r"both fit 'layers\.0"):
         lorasmith.merge(base, one, tmp_path / "out", rename=[r"layers\.1=layers.0"])
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_two_kinds_in_one_adapter_are_refused_as_that(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    transformers.ViTModel(config).save_pretrained(tmp_path / "base")
+    tensors: Tensors = {}
+    for name in ("encoder.layer.0.attention.attention.query", "layers.0.attention.k_proj", "layers.1.attention.q_proj"):
+        tensors |= factors(name, 8, 8)
+    write_adapter(tmp_path / "adapter", tensors)
+    with pytest.raises(lorasmith.AdapterMismatch, match=r"The base has encoder.*one reading must fit all") as failed:
+        lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert "Nearest" not in str(failed.value)
+    rename = [r"^encoder\.layer\.0\.attention\.attention\.query=layers.0.attention.q_proj"]
+    lorasmith.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rename=rename)
+
+
+def test_what_fits_nothing_beside_two_models_of_the_same_layers_is_named(tmp_path: Path) -> None:
+    base = small_llama(tmp_path, "base")
+    tensors = {**factors("one.layers.0.self_attn.q_proj", 32, 32), **factors("other.layers.1.self_attn.q_proj", 32, 32)}
+    both = write_adapter(tmp_path / "both", {**tensors, **factors("one.layers.0.self_attn.new", 32, 32)})
+    with pytest.raises(lorasmith.AdapterMismatch) as failed:
+        lorasmith.merge(base, both, tmp_path / "out")
+    assert "one.layers.0.self_attn.new.lora_A.weight" in str(failed.value)
+    assert "cannot be known" not in str(failed.value)
+
+
+def two_parts(folder: Path, tower_width: int, **config: Any) -> Path:
+    """A language model and a tower whose layers have the same names."""
+    shapes = {
+        f"{stem}.layers.{layer}.self_attn.q_proj.weight": (width, width)
+        for stem, width in (("language_model.model", 32), ("audio_tower", tower_width)) for layer in (0, 1)
+    }  # fmt: skip
+    plain_base(folder, shapes, **config)
+    return folder
+
+
+def test_layers_of_one_part_that_nothing_stands_before_are_told_by_their_shape(tmp_path: Path) -> None:
+    adapter = square_adapter(tmp_path / "adapter", "")
+    base = two_parts(tmp_path / "base", 24)
+    lorasmith.merge(base, adapter, tmp_path / "out")
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"language_model.model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
+    adapter = write_adapter(tmp_path / "tower", factors("layers.0.self_attn.q_proj", 24, 24))
+    lorasmith.merge(base, adapter, tmp_path / "out2")
+    after = tensors_of(tmp_path / "out2")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"audio_tower.layers.0.self_attn.q_proj.weight"}
+
+
+@pytest.mark.parametrize("model_type", ["own", "qwen2_audio"])
+def test_layers_of_one_part_that_might_be_another_s_are_refused(tmp_path: Path, model_type: str) -> None:
+    adapter, base = square_adapter(tmp_path / "adapter", ""), two_parts(tmp_path / "base", 32, model_type=model_type)
+    with pytest.raises(lorasmith.AdapterMismatch, match=r"fit the base in 2 ways.*--rename '\^="):
+        lorasmith.merge(base, adapter, tmp_path / "out")
+    lorasmith.merge(base, adapter, tmp_path / "out", rename=["^=audio_tower."])
+
+
+def test_a_part_that_has_other_names_on_disk_is_no_less_meant(tmp_path: Path) -> None:
+    shapes = {f"{stem}.layers.0.self_attn.q_proj.weight": (32, 32) for stem in ("model", "vit")}
+    plain_base(tmp_path / "base", shapes, model_type="hunyuan_vl", architectures=["HunYuanVLForConditionalGeneration"])
+    adapter = write_adapter(tmp_path / "adapter", factors("layers.0.self_attn.q_proj", 32, 32))
+    with pytest.raises(lorasmith.AdapterMismatch, match="fit the base in 2 ways"):
+        lorasmith.merge(tmp_path / "base", adapter, tmp_path / "out")

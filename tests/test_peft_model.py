@@ -693,6 +693,7 @@ def test_the_table_of_ties_knows_every_class_of_the_installed_transformers() -> 
     missing = {name for name in named if isinstance(name, str) and hasattr(transformers, name)} - known
     assert not {name for name in missing if _has_defaults(name)}
     assert {"LlamaForCausalLM", "T5ForConditionalGeneration", "BertForMaskedLM", "BertModel"} <= known
+    assert {"BertGenerationEncoder", "CLIPTextModelWithProjection", "NemotronH_Omni_Reasoning_V3"} <= known
 
 
 def test_ties_are_those_that_transformers_has() -> None:

@@ -150,8 +150,9 @@ def match(
     matched = [Match(one, best[name]) for name, one in pairs if name in best]
     left = [one for name, one in pairs if name not in best]
     lost = [(name, one) for name, one in pairs if name not in best and not one.may_be_new]
-    if lost and any(naming.doubts for naming in namings):
-        raise _in_doubt(adapter, next(naming for naming in namings if naming.doubts))
+    doubtful = next((naming for naming in namings if naming.doubts and (lost or _is_torn(naming, deltas))), None)
+    if doubtful is not None:
+        raise _in_doubt(adapter, doubtful)
     if lost and not (allow_unmatched and matched):
         raise AdapterMismatch(_describe(adapter, namings, lost, bool(matched)))
     return matched, left
@@ -225,7 +226,10 @@ def _under_rule(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> dict[str,
         elif fits and len(found) == len(best):
             fits.append((strip, add))
     if len(fits) > 1:
-        naming.doubts[fits[0][0]] = [add for _, add in fits]
+        first = fits[0][0]
+        several = [add for strip, add in fits if strip == first]
+        if len(several) > 1:
+            naming.doubts[first] = several
         return plain
     return best
 
@@ -241,6 +245,7 @@ def _under_stems(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> dict[str
         one = _by_shape(stem, several, naming, deltas)
         if isinstance(one, str):
             mapping[stem] = one
+            naming.doubts.pop(stem, None)
         else:
             naming.doubts[stem] = one
     found = _plain(naming, deltas)
@@ -267,6 +272,12 @@ def _by_shape(stem: str, several: Sequence[str], naming: _Naming, deltas: Mappin
     return fit[0] if len(fit) == 1 else fit or list(several)
 
 
+def _is_torn(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> bool:
+    """Whether layers that nothing stands before are those of several parts of the base, whatever else fits them."""
+    is_bare = any((stems.stem_of(name) or ("?", ""))[0] == "" for name in deltas)
+    return "" in naming.doubts and is_bare and not isinstance(_by_shape("", naming.doubts[""], naming, deltas), str)
+
+
 def _in_doubt(adapter: Adapter, naming: _Naming) -> AdapterMismatch:
     stem, fit = next(iter(naming.doubts.items()))
     return AdapterMismatch(
@@ -289,12 +300,18 @@ def _describe(adapter: Adapter, namings: Sequence[_Naming], lost: Sequence[tuple
     missing = [name for _, one in lost for name in one.tensors]
     wanted = lost[0][0]
     checkpoint, obstacles = namings[0].checkpoint, [one.obstacles[wanted] for one in namings if wanted in one.obstacles]
-    near = _nearest(wanted, [entry.name for entry in checkpoint.entries])
+    is_mixed = any(one.find(wanted) is not None for one in namings)
+    near = [] if is_mixed else _nearest(wanted, [entry.name for entry in checkpoint.entries])
     total = adapter.tensor_count
     text = f"{adapter.path}: {len(missing)} of {total} tensors have no weight in {checkpoint.path}: "
     text += f"{listed(missing)}. "
     if obstacles:
         text += f"{obstacles[0]}. "
+    if is_mixed:
+        text += (
+            f"The base has {wanted}, but more of the adapter's names fit when they are read as the checkpoint's own, "
+            "as the running model's or under another beginning, and one reading must fit all. "
+        )
     if near:
         text += f"Nearest to {wanted} {'are' if len(near) > 1 else 'is'} {listed(near)}. "
     if not some:

@@ -57,13 +57,17 @@ def candidates(stem: str, ours: Sequence[str], *, parts: bool) -> Iterator[list[
     """Stems of the base that an adapter's may mean, those that are likelier first.
 
     They have more or fewer words in front, are both a language model's, or differ in what a tower is called. Layers of
-    the base that nothing stands before are those of a part of a model only if it is one itself (``parts``).
+    the base that nothing stands before are those of a part of a model only if it is one itself (``parts``); those of
+    the adapter may be of any part.
     """
     others = [one for one in ours if one != stem]
-    yield [one for one in others if stem and one and (one.endswith(f".{stem}") or stem.endswith(f".{one}"))]
+    if not stem:
+        yield others
+        return
+    yield [one for one in others if one and (one.endswith(f".{stem}") or stem.endswith(f".{one}"))]
     yield [one for one in others if one in TEXT] if stem in TEXT else []
     yield [one for one in others if one not in TEXT and stem not in TEXT and _canonical(one) == _canonical(stem)]
-    yield [one for one in others if not stem or (not one and (parts or not is_part(stem)))]
+    yield [one for one in others if not one and (parts or not is_part(stem))]
 
 
 def _canonical(stem: str) -> str:
