@@ -504,6 +504,22 @@ def test_closed_streams_do_not_stop_a_merge(room: Path, closed: str) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_that_is_full_stops_no_merge(room: Path) -> None:
+    done = shell("lorasmith merge base adapter -o out 2> /dev/full")
+    assert done.returncode == 0
+    assert "Merged into out" in done.stdout
+    assert shell("lorasmith merge base adapter -o out 2> /dev/full").returncode == 1  # it exists
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
+def test_a_library_that_cannot_be_loaded_is_named(room: Path) -> None:
+    done = shell("ulimit -v 400000; lorasmith merge base adapter -o out --threads 1")
+    assert done.returncode == 1
+    assert re.search(r"Error: (a library cannot be loaded: .*ulimit -v|the memory of this machine)", done.stderr)
+    assert not (room / "out").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_report_that_cannot_be_written_is_an_error(room: Path) -> None:
     done = shell("lorasmith merge base adapter -o out --dry-run --json > /dev/full")
     assert done.returncode == 1

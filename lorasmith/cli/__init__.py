@@ -86,6 +86,9 @@ def _run(args: Sequence[str] | None) -> int:
     except MemoryError:
         error("the memory of this machine is used up; try a smaller --memory or fewer --threads")
         return 1
+    except ImportError as broken:
+        error(f"a library cannot be loaded: {broken}; install it again, or lift what limits memory here (ulimit -v)")
+        return 1
     except Exception as unforeseen:
         error(f"unforeseen {type(unforeseen).__name__}: {unforeseen} (a defect; {DEBUG}=1 shows where)")
         return 1

@@ -39,7 +39,7 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def error(message: str) -> None:
     """Say what went wrong."""
-    click.secho(f"Error: {one_line(message)}", err=True, fg="red")
+    _to_stderr(f"Error: {message}", color="red")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Output:
             first = f"Downloading {size(takes.download)}, then " if takes.download else ""
             what = first + (what.lower() if first else what)
             text = f"{what}, writing {size(plan.bytes_written)} to {out} ({count(takes.threads, 'thread')})"
-            click.echo(one_line(text), err=True)
+            _to_stderr(text)
 
     def report(self, report: MergeReport) -> None:
         """What a merge did."""
@@ -134,7 +134,7 @@ class Output:
 
     def _warn(self, warnings: Sequence[str]) -> None:
         for warning in warnings:
-            click.secho(f"Warning: {one_line(warning)}", err=True, fg="yellow")
+            _to_stderr(f"Warning: {warning}", color="yellow")
 
 
 def _can_draw(stream: TextIO | None) -> bool:
@@ -149,6 +149,12 @@ def _to_stdout(text: str) -> None:
         raise
     except OSError as failed:
         raise IOFailed(failed.errno, f"standard output cannot be written: {failed.strerror}") from failed
+
+
+def _to_stderr(text: str, color: str | None = None) -> None:
+    """A line that a run can do without: no result is lost for a full log."""
+    with contextlib.suppress(OSError):
+        click.secho(one_line(text), err=True, fg=color)
 
 
 class _Bar:
@@ -189,4 +195,4 @@ class _Log:
         left = "" if progress.seconds_left is None else f", {progress.seconds_left:.0f} s left"
         share = progress.done / progress.total
         text = f"{size(progress.done)} of {size(progress.total)} ({share:.0%}), {size(progress.rate)}/s{left}"
-        click.echo(text, err=True)
+        _to_stderr(text)
