@@ -133,3 +133,32 @@ def test_one_end_of_a_tie_inside_a_model_that_sees_is_untied(tmp_path: Path, nam
     got = answers(reloaded(tmp_path / "out"), kind.inputs())
     assert (got - wanted).norm() / wanted.norm() < 1e-4
     assert (before - wanted).norm() / wanted.norm() > 1e-2
+
+
+def test_an_adapter_of_one_part_alone_is_that_part_s_by_its_class(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 28,
+        "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
+        "intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 2, "vocab_size": 64,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    config = transformers.Llama4Config(vision_config=vision, text_config=text)
+    model = transformers.Llama4ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    for path, inside in (("vision_model", "vision_model.model"), ("language_model", "language_model.model")):
+        adapted = get_peft_model(
+            model.get_submodule(path), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        )
+        adapted.save_pretrained(tmp_path / path)
+        adapted.unload()
+        names = load_file(tmp_path / path / "adapter_model.safetensors")
+        assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names  # of either part
+        lorasmith.merge(tmp_path / "base", tmp_path / path, tmp_path / f"{path} merged")
+        after = load_file(tmp_path / f"{path} merged" / "model.safetensors")
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {f"{inside}.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}

@@ -25,7 +25,7 @@ from lorasmith.deltas.experts import Stacked
 from lorasmith.deltas.replacement import Replacement
 from lorasmith.errors import AdapterMismatch, BadOption, listed
 from lorasmith.naming import stems
-from lorasmith.naming.conversions import LONGEST, Made, runtime_names, steps_of
+from lorasmith.naming.conversions import LONGEST, Made, path_of, runtime_names, steps_of
 from lorasmith.naming.fusing import Names, divided, fused_or_split
 from lorasmith.naming.tiles import CannotCompute, Facts, View, made, whole
 from lorasmith.safefile import TensorEntry
@@ -134,8 +134,14 @@ def match(
     """
     wanted = _renamed([one.path for one in adapter.deltas], renames)
     deltas = dict(zip(wanted, adapter.deltas, strict=True))
-    stored = _Naming(checkpoint, tensors, {name: name for name in tensors})
     steps = steps_of(checkpoint.config, _architecture(checkpoint))
+    part = _part(adapter, checkpoint)
+    if part is not None:
+        run = _Naming(checkpoint, tensors, runtime_names(steps, list(tensors)))
+        views = {name: run.find(part + name) for name in deltas}
+        if all(views.values()):
+            return [Match(one, view) for name, one in deltas.items() if (view := views[name]) is not None], []
+    stored = _Naming(checkpoint, tensors, {name: name for name in tensors})
     namings = [stored]
     best = _plain(stored, deltas)
     if len(steps) > len(steps_of({}, None)) or len(best) < len(deltas):
@@ -162,6 +168,16 @@ def _architecture(checkpoint: Checkpoint) -> str | None:
     """The class that a checkpoint's config names."""
     names = checkpoint.config.get("architectures")
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def _part(adapter: Adapter, checkpoint: Checkpoint) -> str | None:
+    """What stands before the names of an adapter that was trained on a part of the base alone, by the class of that
+    part, which PEFT notes where it is given no task.
+    """
+    auto = adapter.config.get("auto_mapping")
+    trained = auto.get("base_model_class") if isinstance(auto, Mapping) else None
+    path = path_of(checkpoint.config, _architecture(checkpoint), trained)
+    return None if path is None else f"{path}."
 
 
 def _renamed(wanted: list[str], renames: Sequence[str]) -> list[str]:
@@ -280,10 +296,11 @@ def _is_torn(naming: _Naming, deltas: Mapping[str, ModuleDelta]) -> bool:
 
 def _in_doubt(adapter: Adapter, naming: _Naming) -> AdapterMismatch:
     stem, fit = next(iter(naming.doubts.items()))
+    ways = [f"--rename '^{re.escape(stem)}={one}'" for one in fit[:3]]
     return AdapterMismatch(
         f"{adapter.path}: its module names under {stem or 'no prefix'!r} fit the base in {len(fit)} ways "
         f"({listed([one or '(nothing)' for one in fit])}); which one is meant cannot be known. Say it with "
-        f"--rename '^{re.escape(stem)}={fit[0]}'"
+        f"{' or '.join(ways)}"
     )
 
 
