@@ -25,6 +25,7 @@ from lorasmith.errors import AdapterMismatch, BadOption, Unsupported, listed
 from lorasmith.formats.peft import plain_names
 from lorasmith.formats.stacks import is_by_expert
 from lorasmith.formats.writing import Site, site_of, stack_of
+from lorasmith.naming.stems import TEXT, stems
 from lorasmith.safefile import TensorEntry
 from lorasmith.structure import open_structure
 from lorasmith.weightfile import read_weights
@@ -100,6 +101,7 @@ def gather(adapters: Weighted, method: Method, *, prefer: int | None = None, bas
         raise BadOption("no adapter was given: lorasmith mix ADAPTER[:WEIGHT]... -o OUT")
     if base is None:
         _require_one_base([adapter for adapter, _ in adapters])
+        _require_one_naming([adapter for adapter, weight in adapters if weight])
     bound = _bind(base, adapters)
     notes: list[str] = []
     modules = tuple(_modules(adapters, method, bound))
@@ -130,6 +132,23 @@ def _require_one_base(adapters: Sequence[Adapter]) -> None:
             f"{one.path} says it was trained on {one.names_base!r} and {other.path} on {other.names_base!r}: a mix of "
             f"both fits neither. If {first} and {second} are the same model, say which with --base BASE"
         )
+
+
+def _require_one_naming(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that call the layers of a language model by different names: PEFT would find only one's."""
+    known: dict[str, tuple[Adapter, set[str]]] = {}
+    for adapter in adapters:
+        found = {name: set(rests) for name, rests in stems(one.path for one in adapter.deltas).items() if name in TEXT}
+        for name, rests in found.items():
+            for other, (first, theirs) in known.items():
+                if other not in found and name != other and rests & theirs:
+                    layer = min(rests & theirs)
+                    raise AdapterMismatch(
+                        f"{first.path} has {other + layer!r} and {adapter.path} has {name + layer!r}: they were "
+                        "trained with different releases of transformers, or in different wrappings of the model, and "
+                        f"a mix has one name for a layer. {_MERGE}"
+                    )
+        known |= {name: (adapter, rests) for name, rests in found.items() if name not in known}
 
 
 def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound] | None:

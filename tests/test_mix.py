@@ -746,6 +746,21 @@ def test_a_disk_without_room_for_a_mix_is_told_of_before_anything_is_computed(
     assert os.listdir(tmp_path) == []
 
 
+def test_adapters_that_call_the_same_layers_by_different_names_are_not_mixed(tmp_path: Path) -> None:
+    base = bases()
+    folder = write_base(tmp_path / "base", base)
+    one, other = (write_adapter(tmp_path / name, base, targets=("q_proj",)).folder for name in ("one", "other"))
+    file = other / "adapter_model.safetensors"
+    names = load_file(file)
+    save_file({name.replace("model.layers", "model.language_model.layers"): names[name] for name in names}, file)
+    with pytest.raises(
+        lorasmith.AdapterMismatch, match=r"has 'model\.layers\.0\..*has 'model\.language_model\.layers\.0"
+    ):
+        lorasmith.mix([one, other], tmp_path / "mixed")
+    lorasmith.merge(folder, [one, other], tmp_path / "merged")  # as the error says
+    lorasmith.mix([one, (other, 0.0)], tmp_path / "mixed")
+
+
 def test_a_record_has_an_adapter_s_number_and_no_path(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
     (one, _), (two, _) = pair[:2]
     shutil.copytree(one, tmp_path / "elsewhere")

@@ -318,14 +318,16 @@ def test_adapters_that_call_one_layer_differently_are_told_apart(tmp_path: Path)
     one = adapt(llama, tmp_path / "one", 1, **Q)
     other = adapt(llama, tmp_path / "other", 2, **Q)
     file = other / "adapter_model.safetensors"
-    save_file(
-        {name.replace("model.model.layers", "model.layers"): one_ for name, one_ in load_file(file).items()}, file
-    )
-    report = lorasmith.mix([one, other], tmp_path / "mixed")
-    assert "end alike" in report.warnings[-1]
+    tensors = load_file(file)
+    save_file({name.replace("model.model.layers", "model.layers"): tensors[name] for name in tensors}, file)
+    with pytest.raises(lorasmith.AdapterMismatch, match="a mix has one name for a layer"):
+        lorasmith.mix([one, other], tmp_path / "mixed")
     llama().save_pretrained(tmp_path / "base")
     with pytest.raises(lorasmith.AdapterMismatch, match="can have only one name for it"):
-        lorasmith.mix([one, other], tmp_path / "mixed2", base=tmp_path / "base")
+        lorasmith.mix([one, other], tmp_path / "mixed", base=tmp_path / "base")
+    save_file({name.replace("model.model.layers", "model.some.layers"): tensors[name] for name in tensors}, file)
+    report = lorasmith.mix([one, other], tmp_path / "mixed")
+    assert "end alike" in report.warnings[-1]
 
 
 def test_the_record_changes_with_the_scale(tmp_path: Path) -> None:
