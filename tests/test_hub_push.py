@@ -941,3 +941,12 @@ def test_progress_counts_what_passes_through(hub: Hub, at: dict[str, str]) -> No
     lorasmith.merge("org/base", "me/lora", push="me/merged", stream=True, progress=events.append, **at)
     assert events[-1].done == events[-1].total > 0
     assert events[-1].seconds <= time.monotonic() - began
+
+
+def test_a_hub_that_cannot_be_reached_for_a_push_is_no_path(run: Run, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "lora", tmp_path / "lora")
+    done = run("push", "lora", "me/lora", code=1, token=WRITER, HF_ENDPOINT="http://127.0.0.1:9")
+    assert re.fullmatch(
+        r"Error: http://127\.0\.0\.1:9 cannot be reached for me/lora \(ConnectError\); check the network.*\n",
+        done.stderr,
+    )

@@ -21,12 +21,15 @@ from lorasmith.errors import (
 )
 from lorasmith.hub.silence import silence
 
+READ = "to do this"
+"""What a token is wanted for where something is to be read."""
+
 PUSH = "to push to it"
 """What a token is wanted for where something is to be pushed."""
 
 
 @contextlib.contextmanager
-def told(repo: str, endpoint: str, revision: str | None = None, *, wanted: str = "to do this") -> Iterator[None]:
+def told(repo: str, endpoint: str, revision: str | None = None, *, wanted: str = READ) -> Iterator[None]:
     """Turn the client's errors about a repository into lorasmith's, and keep it from printing meanwhile.
 
     ``wanted`` is what the token is for, as in: needs a login *to write to it*.
@@ -52,11 +55,11 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
         case errors.OfflineModeIsEnabled() if wanted == PUSH:
             return HubFailed(f"the Hub must not be asked (HF_HUB_OFFLINE), so nothing goes to {repo}; unset that")
         case errors.OfflineModeIsEnabled() | errors.IncompleteSnapshotError() | errors.LocalEntryNotFoundError():
-            return _unreachable(where, endpoint, error)
+            return _unreachable(where, endpoint, error, wanted)
         case errors.RevisionResolutionError(__cause__=errors.HfHubHTTPError() as answer):
             return _by_status(answer, where, endpoint, wanted)
         case errors.RevisionResolutionError():
-            return _unreachable(where, endpoint, error)
+            return _unreachable(where, endpoint, error, wanted)
         case errors.GatedRepoError():
             return HubRefused(
                 f"{repo} is gated: accept its terms at {endpoint}/{repo}, and log in as the one who did (hf auth "
@@ -81,7 +84,7 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
         case errors.HFValidationError():
             return BadOption(f"{repo!r} is no name of a repository; write it like org/name")
         case httpx2.HTTPError():
-            return _unreachable(where, endpoint, error)
+            return _unreachable(where, endpoint, error, wanted)
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return NoSpace(
                 error.errno, f"the disk is full while {where} was being transferred; make room and run again"
@@ -127,7 +130,7 @@ def _by_status(error: Any, where: str, endpoint: str, wanted: str) -> LorasmithE
     return HubFailed(f"{endpoint} answered {said!r} for {where} (HTTP {status}); run the same command again")
 
 
-def _unreachable(where: str, endpoint: str, error: Exception) -> HubFailed:
+def _unreachable(where: str, endpoint: str, error: Exception, wanted: str) -> HubFailed:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -136,9 +139,9 @@ def _unreachable(where: str, endpoint: str, error: Exception) -> HubFailed:
             "download it first, or unset that"
         )
     why = type(error.__cause__ or error).__name__
+    path = "if a path was meant, it does not exist; else " if wanted == READ else ""
     return HubFailed(
-        f"{endpoint} cannot be reached for {where} ({why}); if a path was meant, it does not exist; else check the "
-        "network, and run the same command again"
+        f"{endpoint} cannot be reached for {where} ({why}); {path}check the network, and run the same command again"
     )
 
 
