@@ -178,11 +178,10 @@ def _adapters(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _rest(record: Mapping[str, Any], survival: Survival | None, where: str) -> Iterator[str]:
     if survival is not None and survival.total is not None:
+        size = survival.relative_norm
+        beside = "" if size is None else f" (the change is {size:.2%} of the weights' norm)"
         yield ""
-        yield (
-            f"{survival.total:.2%} of the adapters' change is left after rounding to the model's dtype (the change is "
-            f"{survival.relative_norm:.2%} of the weights' norm)."
-        )
+        yield f"{survival.total:.2%} of the adapters' change is left after rounding to the model's dtype{beside}."
     command = _command(record)
     if command is not None:
         yield from ("", "To make it again:", "", "```", command, "```")

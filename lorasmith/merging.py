@@ -276,18 +276,22 @@ def _report(
         threads=threads,
         plan_hash=plan.hash,
         notes=plan.notes,
-        warnings=(*plan.warnings, *_survival_warnings(survival)),
+        warnings=(*plan.warnings, *_survival_warnings(plan, survival)),
         base_origin=plan.base_origin,
         pushed=pushed,
     )
 
 
-def _survival_warnings(survival: Survival | None) -> list[str]:
+def _survival_warnings(plan: Plan, survival: Survival | None) -> list[str]:
+    if survival is None and plan.tensors_merged:
+        return ["what rounding left of the delta is too large a number to be measured: are weights and scales right?"]
     if survival is None:
         return []
     if survival.total is None:
         return ["every sampled row of every delta is zero: the adapter changes nothing; was it trained?"]
     if survival.total >= SURVIVAL_LIMIT:
         return []
-    lost = f"rounding left {survival.total:.0%} of the delta, which is only {survival.relative_norm:.2%} of the weights"
+    size = survival.relative_norm
+    beside = "" if size is None else f", which is only {size:.2%} of the weights"
+    lost = f"rounding left {survival.total:.0%} of the delta{beside}"
     return [f"{lost}; write a finer dtype to keep it: --dtype float16 or --dtype float32"]

@@ -240,22 +240,23 @@ class Progress:
 
 @dataclass(frozen=True)
 class TensorSurvival:
-    """How much of one tensor's delta was left after rounding, and how large it was beside the base's norm."""
+    """How much of one tensor's delta was left after rounding, and how large it was beside the base's norm, if any."""
 
     tensor: str
     survival: float
-    relative_norm: float
+    relative_norm: float | None
 
 
 @dataclass(frozen=True)
 class Survival:
     """Delta survival, ‹Ŵ−W0, ΔW›/‖ΔW‖², over sampled rows: 1 is all of it, None where all deltas are zero.
 
-    ``relative_norm`` is ‖ΔW‖/‖W0‖ on the sample, ``elements`` its size, ``worst`` the tensors that lost most.
+    ``relative_norm`` is ‖ΔW‖/‖W0‖ on the sample, None where W0 is zero, ``elements`` its size, ``worst`` the tensors
+    that lost most.
     """
 
     total: float | None
-    relative_norm: float
+    relative_norm: float | None
     tensors: int
     elements: int
     worst: tuple[TensorSurvival, ...]

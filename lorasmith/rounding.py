@@ -125,16 +125,19 @@ def survival(samples: Iterable[Sample], worst: int = 5) -> Survival | None:
         return None
     delta, base = math.fsum(one.delta for one in tensors), math.fsum(one.base for one in tensors)
     single = [
-        TensorSurvival(
-            one.tensor, one.projection / one.delta, math.sqrt(one.delta / one.base) if one.base else math.inf
-        )
+        TensorSurvival(one.tensor, one.projection / one.delta, _relative(one.delta, one.base))
         for one in tensors
         if one.delta
     ]
     return Survival(
         total=math.fsum(one.projection for one in tensors) / delta if delta else None,
-        relative_norm=math.sqrt(delta / base) if base else 0.0,
+        relative_norm=_relative(delta, base),
         tensors=len(tensors),
         elements=sum(one.elements for one in tensors),
         worst=tuple(sorted(single, key=lambda one: (one.survival, one.tensor))[:worst]),
     )
+
+
+def _relative(delta: float, base: float) -> float | None:
+    """‖ΔW‖/‖W0‖ from their squares."""
+    return math.sqrt(delta / base) if base else None

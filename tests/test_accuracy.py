@@ -290,6 +290,24 @@ def test_the_survival_counts_all_adapters_together(tmp_path: Path) -> None:
     assert report.survival.total == pytest.approx(20 * projection(merged, base, lora), abs=0.02)
 
 
+def test_a_delta_on_a_base_of_zeros_is_of_no_share_of_it(tmp_path: Path) -> None:
+    base = bases()
+    lora = write_adapter(tmp_path / "adapter", base, targets=("q_proj",))
+    folder = write_base(tmp_path / "base", {name: torch.zeros_like(weight) for name, weight in base.items()})
+    report = lorasmith.merge(folder, lora.folder, tmp_path / "out")
+    assert report.survival.relative_norm is None
+    assert {one.relative_norm for one in report.survival.worst} == {None}
+    json.loads(json.dumps(report.to_dict(), allow_nan=False))
+
+
+def test_a_delta_too_large_to_be_measured_is_reported(tmp_path: Path) -> None:
+    base = bases(dtype=torch.float32)
+    folder, lora = write_base(tmp_path / "base", base), write_adapter(tmp_path / "adapter", base, ratio=1.0)
+    report = lorasmith.merge(folder, (lora.folder, 1e30), tmp_path / "out")
+    assert report.survival is None
+    assert any("too large a number to be measured" in text for text in report.warnings)
+
+
 def test_an_adapter_that_was_never_trained_is_reported(tmp_path: Path) -> None:
     base = bases()
     lora = write_adapter(tmp_path / "adapter", base, ratio=0.0)
