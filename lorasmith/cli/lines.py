@@ -89,19 +89,17 @@ def _tensors(facts: Plan | MergeReport) -> str:
     return ", ".join(f"{count} {what}" for count, what in counts if count)
 
 
-def _share(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.2%}"
-
-
 def _survival_lines(survival: Survival | None) -> Iterator[str]:
     if survival is None or survival.total is None:
         return
     sampled = f"{survival.elements:,} elements of {count(survival.tensors, 'tensor')} sampled"
-    weights = f"the delta is {_share(survival.relative_norm)} of the weights' norm"
+    size = survival.relative_norm
+    weights = "the weights are zero" if size is None else f"the delta is {size:.2%} of the weights' norm"
     yield f"survival {survival.total:.2%} of the delta is left after rounding ({weights}; {sampled})"
     if survival.worst and survival.worst[0].survival < min(0.99, survival.total):
         worst = survival.worst[0]
-        yield f"         least in {worst.tensor}: {worst.survival:.2%} (delta {_share(worst.relative_norm)})"
+        beside = "" if worst.relative_norm is None else f" (delta {worst.relative_norm:.2%})"
+        yield f"         least in {worst.tensor}: {worst.survival:.2%}{beside}"
 
 
 def _span(pair: tuple[float, float]) -> str:
