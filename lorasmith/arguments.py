@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard, cast
 
 from lorasmith.adapter import Adapter, ModuleDelta
 from lorasmith.errors import BadOption, listed
@@ -38,18 +40,21 @@ def weighted(adapters: AdapterArguments) -> list[Weighted]:
 
 def _as_list(adapters: AdapterArguments) -> list[AdapterArgument]:
     """One adapter need not be put in a list; ``(path, weight)`` is one adapter."""
-    if isinstance(adapters, (str, os.PathLike, Adapter)):
+    if isinstance(adapters, (str, os.PathLike, Adapter)) or _is_pair(adapters):
         return [adapters]
-    if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
-        return [(adapters[0], adapters[1])]
-    return list(adapters)
+    return list(cast("Sequence[AdapterArgument]", adapters))
+
+
+def _is_pair(value: object) -> TypeGuard[tuple[Given, float]]:
+    """Whether it is something with a number, numpy's included."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    return isinstance(value[1], numbers.Real) and not isinstance(value[1], bool)
 
 
 def _weighted(adapter: AdapterArgument) -> Weighted:
     """An adapter and its weight; an existing path that ends like ``:0.7`` is a path."""
-    given, weight = adapter, 1.0
-    if isinstance(adapter, tuple) and len(adapter) == 2 and type(adapter[1]) in (int, float):
-        given, weight = adapter[0], float(adapter[1])
+    given, weight = (adapter[0], float(adapter[1])) if _is_pair(adapter) else (adapter, 1.0)
     if isinstance(given, Adapter):
         one = Weighted(given, weight, given.path)
     elif isinstance(given, (str, os.PathLike)):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -298,6 +299,15 @@ def test_weights_reach_the_sum(room: Path) -> None:
     lorasmith.merge("base", ["adapter", "other"], "wrong", dtype="float32")
     assert same(weights(room / "out"), weights(room / "right"))
     assert not same(weights(room / "out"), weights(room / "wrong"))
+
+
+def test_numpy_s_numbers_are_weights_and_true_is_none(room: Path) -> None:
+    for number in (np.float32(0.5), np.float64(0.5)):
+        for given in (("adapter", number), [("adapter", number)]):
+            (use,) = lorasmith.plan("base", given).adapters
+            assert (use.path, use.weight) == ("adapter", 0.5)
+    with pytest.raises(lorasmith.BadOption, match="is not an adapter"):
+        lorasmith.plan("base", [("adapter", True)])
 
 
 # -------------------------------------------------------------------------------------------------- what it says
