@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorasmith.arguments import AdapterArguments, Path, numbered, weigh_modules, weighted
+from lorasmith.arguments import AdapterArguments, Path, Weighted, numbered, weigh_modules, weighted
 from lorasmith.combining import choose
 from lorasmith.delivery import Delivery
 from lorasmith.errors import BadOption
@@ -119,7 +119,8 @@ def merge(
         renames=(rename,) if isinstance(rename, str) else tuple(rename),
         expert_layout=expert_layout,
     )
-    plan_ = _plan(sources, base, adapters, out, options, overwrite=overwrite)
+    given = weighted(adapters)  # held to the end: an adapter in memory goes with the last that has it
+    plan_ = _plan(sources, base, given, out, options, overwrite=overwrite)
     budget = _budget(plan_, memory, threads)
     takes = _resources(plan_, budget, delivery)
     if planned is not None:
@@ -186,19 +187,18 @@ def plan(
         renames=(rename,) if isinstance(rename, str) else tuple(rename),
         expert_layout=expert_layout,
     )
-    return _plan(Sources(endpoint, token), base, adapters, out, options, overwrite=overwrite)
+    return _plan(Sources(endpoint, token), base, weighted(adapters), out, options, overwrite=overwrite)
 
 
 def _plan(
     sources: Sources,
     base: Path,
-    adapters: AdapterArguments,
+    given: Sequence[Weighted],
     out: Path | None,
     options: Options,
     *,
     overwrite: bool,
 ) -> Plan:
-    given = weighted(adapters)
     checkpoint = sources.open_base(os.fspath(base))
     for one in given:
         sources.require(one.path)

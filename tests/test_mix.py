@@ -761,6 +761,15 @@ def test_adapters_that_call_the_same_layers_by_different_names_are_not_mixed(tmp
     lorasmith.mix([one, (other, 0.0)], tmp_path / "mixed")
 
 
+def test_an_adapter_in_memory_stays_as_long_as_it_is_merged(tmp_path: Path) -> None:
+    base = bases()
+    folder = write_base(tmp_path / "base", base)
+    one = write_adapter(tmp_path / "one", base).folder
+    lorasmith.merge(folder, (one for one in [lorasmith.mix((one, 0.5)).adapter]), tmp_path / "merged")  # type: ignore
+    lorasmith.merge(folder, (one, 0.5), tmp_path / "right")
+    assert sha256(tmp_path / "merged" / "model.safetensors") == sha256(tmp_path / "right" / "model.safetensors")
+
+
 def test_a_record_has_an_adapter_s_number_and_no_path(tmp_path: Path, pair: list[tuple[Path, float]]) -> None:
     (one, _), (two, _) = pair[:2]
     shutil.copytree(one, tmp_path / "elsewhere")
