@@ -244,7 +244,7 @@ def _config(mixture: Mixture, ranks: Mapping[str, int], alphas: Mapping[str, flo
         tokens=trained_tokens(mixture.adapters, mixture.wholes),
         parameters={module.site.path for module in mixture.modules if module.site.parameter},
     )
-    trained, *others = map(_trained_class, adapters)
+    trained, *others = map(_auto_mapping, adapters)
     if trained is not None and all(other == trained for other in others):
         config["auto_mapping"] = trained
     if others:
@@ -253,8 +253,8 @@ def _config(mixture: Mixture, ranks: Mapping[str, int], alphas: Mapping[str, flo
     return {**own, **config}
 
 
-def _trained_class(adapter: Adapter) -> dict[str, Any] | None:
-    """The class that an adapter without a task was trained on, as PEFT notes it."""
+def _auto_mapping(adapter: Adapter) -> dict[str, Any] | None:
+    """What PEFT notes of the class that an adapter without a task was trained on."""
     mapping = adapter.config.get("auto_mapping")
     if not isinstance(mapping, Mapping):
         return None
