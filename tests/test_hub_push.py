@@ -960,6 +960,9 @@ def test_a_push_that_breaks_off_speaks_neither_of_paths_nor_of_downloads(
     hub.fault("POST", "/commit/", drop_after=0, times=99)
     done = run("push", "lora", "me/new", code=1, token=WRITER)
     assert re.fullmatch(r"Error: .* cannot be reached for me/new \(\w+\); check the network.*\n", done.stderr)
+    done = run("mix", "me/lora", "me/small", "--push", "me/new", "-o", "mix", code=1, token=WRITER)
+    said = r"check the network; the mix is complete in mix: lorasmith push mix me/new"
+    assert re.fullmatch(rf"Error: .* cannot be reached for me/new \(\w+\); {said}\n", done.stderr)
     hub.faults.clear()
 
     def closed(*_: object, **__: object) -> None:
