@@ -310,7 +310,15 @@ def _lacking(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> Iter
                 if module in layers:
                     layers[module].append(entry.name)
                 module = module.partition(".")[2]
-        missing = [name for name, found in layers.items() if found and changed.isdisjoint(found)]
+        missing = [
+            name
+            for name, found in layers.items()
+            if found
+            and changed.isdisjoint(found)
+            and not any(
+                f".{one.module}".endswith(f".{name}") for one in adapter.deltas
+            )  # as another layer's (--rename)
+        ]
         if missing:
             yield (
                 f"{adapter.path}: its config names {listed(missing)} ({key}), which the base has, and it holds nothing "
