@@ -79,6 +79,13 @@ class Adapter:
         return self.stamp[0]
 
     @property
+    def trained_class(self) -> str | None:
+        """The class of the model that it was trained on, which PEFT notes where it is given no task."""
+        auto = self.config.get("auto_mapping")
+        name = auto.get("base_model_class") if isinstance(auto, Mapping) else None
+        return name if isinstance(name, str) else None
+
+    @property
     def tensor_count(self) -> int:
         """All tensors of the file: every one is in a delta or ignored."""
         return sum(len(one.tensors) for one in self.deltas) + len(self.ignored)

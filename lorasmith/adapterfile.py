@@ -19,7 +19,7 @@ from lorasmith import __version__
 from lorasmith.adapter import Adapter
 from lorasmith.dtypes import NAMES, all_finite, itemsize, torch_dtype
 from lorasmith.errors import NotFinite
-from lorasmith.execution.workplace import claim
+from lorasmith.execution.workplace import claim, put
 from lorasmith.formats import read_adapter
 from lorasmith.formats.writing import Site, longest_config
 from lorasmith.growingfile import GrowingFile
@@ -181,13 +181,19 @@ def open_spot(
     """A place to write an adapter to for the time of a ``with`` block; what is not finished does not appear.
 
     ``digest`` names the result and ``inputs`` are the stamps of what it is made from: None is given where an earlier
-    run has finished all of it. ``beside`` are more files for a folder. Without ``out``, the file is in a temporary
+    run has finished all of it. ``beside`` are more files for a folder. Without ``out``, all of it is in a temporary
     folder, which is the caller's to remove.
     """
     if out is None:
         folder = tempfile.mkdtemp(prefix="lorasmith-")
+
+        def complete(config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+            require_unchanged(inputs)
+            for file in beside:
+                put(file, os.path.join(folder, file.name))
+
         try:
-            yield Spot(os.path.join(folder, WEIGHTS), True, lambda config, record: require_unchanged(inputs))
+            yield Spot(os.path.join(folder, WEIGHTS), True, complete)
         except BaseException:
             shutil.rmtree(folder)
             raise
@@ -209,10 +215,10 @@ def open_spot(
 
 
 def kept(path: str, beside: Sequence[SideFile] = ()) -> Adapter:
-    """The adapter in a temporary file, which goes when the adapter does, with what is ``beside`` it."""
-    sources = {one.name: one.source for one in beside if one.source is not None}
-    adapter = replace(read_adapter(path), side_files=sources)
-    weakref.finalize(adapter, _remove, os.path.dirname(path), os.getpid())
+    """The adapter in a temporary folder, which goes when the adapter does, with what is ``beside`` it."""
+    folder = os.path.dirname(path)
+    adapter = replace(read_adapter(path), side_files={one.name: os.path.join(folder, one.name) for one in beside})
+    weakref.finalize(adapter, _remove, folder, os.getpid())
     return adapter
 
 

@@ -244,12 +244,21 @@ def _config(mixture: Mixture, ranks: Mapping[str, int], alphas: Mapping[str, flo
         tokens=trained_tokens(mixture.adapters, mixture.wholes),
         parameters={module.site.path for module in mixture.modules if module.site.parameter},
     )
-    if len(adapters) > 1:
+    trained, *others = map(_auto_mapping, adapters)
+    if trained is not None and all(other == trained for other in others):
+        config["auto_mapping"] = trained
+    if others:
         return config
     own = {key: value for key, value in adapters[0].config.items() if key not in _CHANGED}
-    if isinstance(mapping := own.get("auto_mapping"), Mapping):  # in which Unsloth says how it stores experts
-        own["auto_mapping"] = {key: value for key, value in mapping.items() if key != "unsloth_fixed"}
     return {**own, **config}
+
+
+def _auto_mapping(adapter: Adapter) -> dict[str, Any] | None:
+    """What PEFT notes of the class that an adapter without a task was trained on."""
+    mapping = adapter.config.get("auto_mapping")
+    if not isinstance(mapping, Mapping):
+        return None
+    return {key: value for key, value in mapping.items() if key != "unsloth_fixed"}  # how Unsloth stores experts
 
 
 # ----------------------------------------------------------------------------------------- one adapter as it is

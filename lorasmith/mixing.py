@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shlex
 import tempfile
 import time
@@ -128,7 +129,7 @@ def _staying(out: str, to: Target, card: Path | None) -> Iterator[None]:
     try:
         yield
     except LorasmithError as error:
-        what = str(error).partition("; run the same command again")[0]
+        what = re.split(r"(?:;|,? and) run (?:the same command )?again", str(error))[0]
         command = shlex.join(["lorasmith", "push", out, to.repo, *pushing.options_of(to, card)])
         error.args = (*error.args[:-1], f"{what}; the mix is complete in {out}: {command}")
         raise

@@ -119,7 +119,7 @@ def gather(adapters: Weighted, method: Method, *, prefer: int | None = None, bas
         method,
         len(had) > len(modules),
         tuple(dict.fromkeys([*(note for adapter, _ in adapters for note in adapter.notes), *notes])),
-        tuple(_warnings(adapters, modules)),
+        (*_warnings(adapters, modules), *(_parts_of_one_name(adapters) if base is None else ())),
     )
 
 
@@ -158,10 +158,21 @@ def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound] | Non
     structure = open_structure(base, [adapter for adapter, _ in adapters], None)
     bindings = [bind(base, structure, adapter) for adapter, _ in adapters]
     names: dict[str, tuple[str, bool, str]] = {}
+    places: dict[str, tuple[set[str], str]] = {}
     for (adapter, _), binding in zip(adapters, bindings, strict=True):
+        targets: dict[str, set[str]] = {}
         for one in binding.bound:
-            ours = one.source.module, one.is_whole, adapter.path
-            name, is_whole, path = names.setdefault(one.target.name, ours)
+            targets.setdefault(one.source.path, set()).add(one.target.name)
+        for layer, ours in targets.items():
+            theirs, path = places.setdefault(layer, (ours, adapter.path))
+            if theirs.isdisjoint(ours):
+                raise AdapterMismatch(
+                    f"{layer!r} is {min(theirs)!r} to {path} and {min(ours)!r} to {adapter.path}, which were trained "
+                    f"on two parts of the model; an adapter can't have both under one name. {_MERGE}"
+                )
+        for one in binding.bound:
+            called = one.source.module, one.is_whole, adapter.path
+            name, is_whole, path = names.setdefault(one.target.name, called)
             if name != one.source.module and (is_whole or one.is_whole):
                 raise AdapterMismatch(
                     f"{path} calls a layer {name!r} and {adapter.path} calls it {one.source.module!r}; an adapter can "
@@ -361,3 +372,20 @@ def _warnings(adapters: Weighted, modules: Sequence[Module]) -> Iterator[str]:
                 f"under two names, half of it is lost on loading. {_MERGE}"
             )
             return
+
+
+def _parts_of_one_name(adapters: Weighted) -> Iterator[str]:
+    """A warning of layers that are of one name in models of two classes, which may be parts of one model."""
+    known: dict[str, tuple[str, Adapter]] = {}
+    for adapter in (adapter for adapter, weight in adapters if weight):
+        trained = adapter.trained_class
+        if trained is None:
+            continue
+        for layer in (one.path for one in adapter.deltas):
+            other, first = known.setdefault(layer, (trained, adapter))
+            if other != trained:
+                yield (
+                    f"{first.path} was trained on a {other} and {adapter.path} on a {trained}, with {layer!r} in both: "
+                    f"if these are two parts of a model, the mix fits neither. {_MERGE}"
+                )
+                break

@@ -29,6 +29,7 @@ from lorasmith.combining.combined import combine_terms
 from lorasmith.deltas import Delta
 from lorasmith.dtypes import BY_OPTION
 from lorasmith.errors import BadOption, Unsupported, listed
+from lorasmith.naming.stems import stem_of, stems
 from lorasmith.placing import LAYOUTS
 from lorasmith.recipe import plan_hash, recipe
 from lorasmith.records import AdapterUse, Convert, Merge, Output, Plan, SideFile, TargetGroup
@@ -289,20 +290,35 @@ def _warnings(
 
 
 def _lacking(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> Iterator[str]:
-    """A warning of layers of the base that the adapter's config says were trained, and that it changes nothing of."""
+    """A warning of layers of the base that the adapter's config says were trained, and that it changes nothing of.
+
+    Numbered layers count where it changes others beside them: an adapter of a language model alone has none in a tower.
+    """
     changed = {one.target.name for one in binding.bound}
+    parts = stems(changed).keys()
     for key in ("modules_to_save", "target_modules"):
         named = adapter.config.get(key)
         if not isinstance(named, list) or (key == "target_modules" and adapter.config.get("exclude_modules")):
             continue
         layers: dict[str, list[str]] = {name: [] for name in named if isinstance(name, str)}
         for entry in checkpoint.entries:
+            numbered = stem_of(entry.name)
+            if numbered is not None and parts and numbered[0] not in parts:
+                continue
             module = entry.name.removesuffix(".weight")
             while module and module != entry.name:  # by its whole name, and by all that it ends in
                 if module in layers:
                     layers[module].append(entry.name)
                 module = module.partition(".")[2]
-        missing = [name for name, found in layers.items() if found and changed.isdisjoint(found)]
+        missing = [
+            name
+            for name, found in layers.items()
+            if found
+            and changed.isdisjoint(found)
+            and not any(
+                f".{one.module}".endswith(f".{name}") for one in adapter.deltas
+            )  # as another layer's (--rename)
+        ]
         if missing:
             yield (
                 f"{adapter.path}: its config names {listed(missing)} ({key}), which the base has, and it holds nothing "

@@ -811,6 +811,14 @@ def test_layers_that_an_adapter_should_have_and_lacks_are_named(room: Path) -> N
     assert lorasmith.plan(room / "base", room / "adapter").warnings == whole
 
 
+def test_layers_that_were_renamed_are_not_lacking(room: Path) -> None:
+    settings(target_modules=["q_proj"])(room / "adapter")
+    tensors(lambda all_: [all_.pop(name) for name in list(all_) if "q_proj" not in name])(room / "adapter")
+    whole = lorasmith.plan(room / "base", room / "adapter").warnings
+    moved = lorasmith.plan(room / "base", room / "adapter", rename="q_proj=o_proj")
+    assert (moved.warnings, moved.tensors_merged > 0) == (whole, True)
+
+
 # ------------------------------------------------------------------------------------------------------ output
 
 

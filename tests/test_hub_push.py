@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -950,3 +951,23 @@ def test_a_hub_that_cannot_be_reached_for_a_push_is_no_path(run: Run, made: Path
         r"Error: http://127\.0\.0\.1:9 cannot be reached for me/lora \(ConnectError\); check the network.*\n",
         done.stderr,
     )
+
+
+def test_a_push_that_breaks_off_speaks_neither_of_paths_nor_of_downloads(
+    hub: Hub, run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made / "lora", tmp_path / "lora")
+    hub.fault("POST", "/commit/", drop_after=0, times=99)
+    done = run("push", "lora", "me/new", code=1, token=WRITER)
+    assert re.fullmatch(r"Error: .* cannot be reached for me/new \(\w+\); check the network.*\n", done.stderr)
+    done = run("mix", "me/lora", "me/small", "--push", "me/new", "-o", "mix", code=1, token=WRITER)
+    said = r"check the network; the mix is complete in mix: lorasmith push mix me/new"
+    assert re.fullmatch(rf"Error: .* cannot be reached for me/new \(\w+\); {said}\n", done.stderr)
+    hub.faults.clear()
+
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "lora/adapter_model.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.preupload_lfs_files", closed)
+    with pytest.raises(lorasmith.LorasmithError, match="the transfer of me/new failed: Permission denied"):
+        lorasmith.push(tmp_path / "lora", "me/new", endpoint=hub.url, token=WRITER)

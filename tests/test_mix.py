@@ -526,6 +526,16 @@ def test_an_adapter_in_memory_goes_when_nobody_has_it_any_more(tmp_path: Path, p
     assert not os.path.exists(os.path.dirname(file))
 
 
+@pytest.mark.parametrize("make", [lorasmith.mix, lambda path: lorasmith.resize(path, rank=1)])
+def test_an_adapter_in_memory_needs_no_tokenizer_of_those_it_was_made_of(tmp_path: Path, make: Any) -> None:
+    path = write(tmp_path / "adapter", Facts({"linear": 3}, 3.0, False, torch.float32, 1))
+    (path / "tokenizer.json").write_text('{"added": 1}')
+    adapter = make(path).adapter
+    shutil.rmtree(path)
+    lorasmith.mix(adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"added": 1}'
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_child_that_was_forked_leaves_the_adapter_to_its_parent(pair: list[tuple[Path, float]]) -> None:
     code = (

@@ -158,7 +158,17 @@ def test_an_adapter_of_one_part_alone_is_that_part_s_by_its_class(tmp_path: Path
         adapted.unload()
         names = load_file(tmp_path / path / "adapter_model.safetensors")
         assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names  # of either part
-        lorasmith.merge(tmp_path / "base", tmp_path / path, tmp_path / f"{path} merged")
-        after = load_file(tmp_path / f"{path} merged" / "model.safetensors")
-        changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert changed == {f"{inside}.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
+        for number, adapter in enumerate(
+            (tmp_path / path, lorasmith.mix([tmp_path / path, (tmp_path / path, 0.5)], tmp_path / f"{path} mixed").out)
+        ):
+            out = tmp_path / f"{path} merged {number}"
+            lorasmith.merge(tmp_path / "base", adapter, out)
+            after = load_file(out / "model.safetensors")
+            changed = {name for name in before if not torch.equal(before[name], after[name])}
+            assert changed == {f"{inside}.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
+    parts = [tmp_path / "vision_model", tmp_path / "language_model"]
+    (warning,) = lorasmith.mix(parts, tmp_path / "both").warnings
+    assert "on a Llama4VisionModel and" in warning
+    assert "with 'model.layers.0.self_attn.q_proj.weight' in both: if these are two parts" in warning
+    with pytest.raises(lorasmith.AdapterMismatch, match="were trained on two parts of the model"):
+        lorasmith.mix(parts, tmp_path / "both", base=tmp_path / "base", overwrite=True)

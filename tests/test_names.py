@@ -102,6 +102,17 @@ def test_an_adapter_of_the_language_model_alone_fits_the_whole(tmp_path: Path, n
     assert close(merged[place].double(), base[place].double() + delta(tensors, module))
 
 
+def test_an_adapter_of_the_language_model_alone_need_not_change_a_tower(tmp_path: Path) -> None:
+    SEEING["llava"].build().save_pretrained(tmp_path / "base")
+    shape = next(one.shape for name, one in tensors_of(tmp_path / "base").items() if name.endswith("q_proj.weight"))
+    write_adapter(tmp_path / "adapter", factors("model.layers.1.self_attn.q_proj", *shape))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for targets, warnings in ((["q_proj", "out_proj", "fc1"], 0), (["q_proj", "out_proj", "up_proj"], 1)):
+        write_json(tmp_path / "adapter" / "adapter_config.json", {**config, "target_modules": targets})
+        found = lorasmith.plan(tmp_path / "base", tmp_path / "adapter").warnings
+        assert [" names up_proj (target_modules)" in text for text in found] == [True] * warnings
+
+
 @pytest.mark.parametrize("module", ["layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"])
 def test_a_language_model_taken_out_takes_an_adapter_of_the_whole(tmp_path: Path, module: str) -> None:
     """As an adapter of Qwen2-VL or LLaVA on the language model that it was built around."""

@@ -144,13 +144,7 @@ class Workplace:
     def write_side_files(self, files: Sequence[SideFile]) -> None:
         """Put the files that hold no merged weights beside those that do, on the disk."""
         for file in files:
-            with open(self.path(file.name), "wb") as stream:
-                if file.source is None:
-                    stream.write((file.text or "").encode())
-                else:
-                    _copy(file, stream.fileno())
-                stream.flush()
-                os.fsync(stream.fileno())
+            put(file, self.path(file.name))
         if os.path.isdir(self._result):
             for root, _, _ in os.walk(self._result):
                 sync_folder(root)
@@ -325,6 +319,17 @@ def _flock(fd: int) -> None:
         raise
     except OSError:
         return  # a file system without locks
+
+
+def put(file: SideFile, path: str) -> None:
+    """Write a side file, on the disk."""
+    with open(path, "wb") as stream:
+        if file.source is None:
+            stream.write((file.text or "").encode())
+        else:
+            _copy(file, stream.fileno())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _copy(file: SideFile, fd: int) -> None:

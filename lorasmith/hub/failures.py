@@ -89,7 +89,7 @@ def _as_ours(error: Exception, repo: str, endpoint: str, revision: str | None, w
             return NoSpace(
                 error.errno, f"the disk is full while {where} was being transferred; make room and run again"
             )
-        case OSError() if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        case OSError() if wanted == READ and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             place = f": {error.filename}" if error.filename else ""
             return IOFailed(
                 error.errno,

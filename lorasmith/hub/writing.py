@@ -91,7 +91,7 @@ def addition(name: str, content: str | bytes) -> CommitOperationAdd:
 def upload(hub: Hub, target: Target, name: str, content: str | bytes) -> CommitOperationAdd:
     """An addition of a large file, whose content is sent ahead."""
     added = addition(name, content)
-    with told(target.repo, hub.api.endpoint):
+    with told(target.repo, hub.api.endpoint, wanted=PUSH):
         hub.api.preupload_lfs_files(
             target.repo, [added], revision=target.revision, create_pr=target.create_pr, free_memory=False
         )
@@ -113,7 +113,7 @@ def files_at(hub: Hub, target: Target) -> dict[str, str]:
     """The files of a target's branch, and their digests: SHA-256 of large ones, Git's SHA-1 of small ones."""
     from huggingface_hub import RepoFile
 
-    with told(target.repo, hub.api.endpoint):
+    with told(target.repo, hub.api.endpoint, wanted=PUSH):
         tree = list(hub.api.list_repo_tree(target.repo, recursive=True, revision=target.head))
     return {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in tree if isinstance(one, RepoFile)}
 
@@ -122,7 +122,7 @@ def commit(hub: Hub, target: Target, operations: Sequence[Operation], message: s
     """Make all changes visible at once. Raises BranchMoved, CannotCopy, and what else the Hub says."""
     from huggingface_hub.errors import FileDuplicationError
 
-    with told(target.repo, hub.api.endpoint):
+    with told(target.repo, hub.api.endpoint, wanted=PUSH):
         try:
             made = hub.api.create_commit(
                 target.repo,

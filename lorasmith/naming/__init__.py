@@ -171,12 +171,8 @@ def _architecture(checkpoint: Checkpoint) -> str | None:
 
 
 def _part(adapter: Adapter, checkpoint: Checkpoint) -> str | None:
-    """What stands before the names of an adapter that was trained on a part of the base alone, by the class of that
-    part, which PEFT notes where it is given no task.
-    """
-    auto = adapter.config.get("auto_mapping")
-    trained = auto.get("base_model_class") if isinstance(auto, Mapping) else None
-    path = path_of(checkpoint.config, _architecture(checkpoint), trained)
+    """What stands before the names of an adapter that was trained on a part of the base alone, by that part's class."""
+    path = path_of(checkpoint.config, _architecture(checkpoint), adapter.trained_class)
     return None if path is None else f"{path}."
 
 

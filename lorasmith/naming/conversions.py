@@ -145,7 +145,7 @@ def _parts_in(config: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[t
             yield path, _table()["classes"].get(kind), kind
 
 
-def path_of(config: Mapping[str, Any], architecture: str | None, name: object) -> str | None:
+def path_of(config: Mapping[str, Any], architecture: str | None, name: str | None) -> str | None:
     """Where a model of some class has its only part of another one; None where it has none, or several."""
     parts = _parts_in(config, _parts().get(architecture or "", {}))
     paths = [path for path, kind, _ in parts if kind is not None and kind == name]
