@@ -288,7 +288,8 @@ def _survival_warnings(plan: Plan, survival: Survival | None) -> list[str]:
     if survival is None:
         return []
     if survival.total is None:
-        return ["every sampled row of every delta is zero: the adapter changes nothing; was it trained?"]
+        what = "what is low-rank" if plan.tensors_replaced else "the adapter"
+        return [f"every sampled row of every delta is zero: {what} changes nothing; was it trained?"]
     if survival.total >= SURVIVAL_LIMIT:
         return []
     size = survival.relative_norm
