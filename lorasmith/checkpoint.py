@@ -80,6 +80,17 @@ class Checkpoint:
     def files(self) -> tuple[str, ...]:
         return tuple(shard.file for shard in self.shards)
 
+    @property
+    def repo(self) -> str | None:
+        """The repository on the Hub that it is of, if it is there or in a cache of the Hub's client."""
+        if self.origin is not None:
+            return self.origin.repo
+        for path in (os.path.abspath(self.path), os.path.realpath(self.path)):
+            cached = re.search(r"/models--([^/]+?)--([^/]+)/(?:snapshots|blobs)/", path.replace(os.sep, "/"))
+            if cached:
+                return f"{cached[1]}/{cached[2]}"
+        return None
+
 
 def open_checkpoint(path: str) -> Checkpoint:
     """Open a model folder or a bare ``.safetensors`` file by its headers.

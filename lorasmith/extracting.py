@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -301,14 +300,10 @@ def _config(job: _Job, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 def _name_of(base: Checkpoint) -> str:
     """What PEFT is to load a base by: its repository, what its config says, or its folder's name."""
-    if base.origin is not None:
-        return base.origin.repo
-    path = os.path.abspath(base.path).replace(os.sep, "/")
-    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", path)
-    if cached:
-        return f"{cached[1]}/{cached[2]}"
+    if base.repo is not None:
+        return base.repo
     said = base.config.get("_name_or_path")
-    return said if isinstance(said, str) and said else os.path.basename(path)
+    return said if isinstance(said, str) and said else os.path.basename(os.path.abspath(base.path))
 
 
 def _tokenizer(base: Checkpoint, tuned: Checkpoint) -> Sequence[SideFile]:

@@ -35,9 +35,9 @@ from lorasmith.mixture import Mixture, gather
 from lorasmith.planning import refuse_residual
 from lorasmith.recipe import origin_facts
 from lorasmith.recompression import Request, folded, folds_left, singular_values
-from lorasmith.records import Progress, SideFile
+from lorasmith.records import Progress
 from lorasmith.reports import Interference, MixReport
-from lorasmith.sidefiles import copied, is_one_tokenizer, with_tokenizer
+from lorasmith.sidefiles import tokenizer_along
 from lorasmith.sources import Sources
 
 
@@ -263,7 +263,7 @@ def _mix(
         refuse_residual(adapters)
     mixture = gather(_directions(pairs) if verbatim else pairs, request.method, prefer=preferred, base=checkpoint)
     _require_possible(mixture, request)
-    beside, notes = _tokenizer(pairs, preferred, inside=out is not None and is_file(out))
+    beside, notes = tokenizer_along(pairs, preferred, inside=out is not None and is_file(out))
     mixture = replace(mixture, notes=(*mixture.notes, *notes))
     request = replace(request, code="F32" if verbatim else _code(mixture, request, run.dtype))
     job = _job(
@@ -303,23 +303,6 @@ def _preferred(given: Sequence[Weighted], prefer: str | None) -> int | None:
         if wanted in (os.path.normpath(one.path), os.path.normpath(one.text)):
             return position
     raise BadOption(f"--prefer {prefer} is none of the adapters: {listed([one.path for one in given], 8)}")
-
-
-def _tokenizer(
-    adapters: Sequence[tuple[Adapter, float]], preferred: int | None, *, inside: bool
-) -> tuple[Sequence[SideFile], Sequence[str]]:
-    """The tokenizer that goes along, beside the adapter unless that is a single file, and what is to be said of it."""
-    having = with_tokenizer([adapter for adapter, weight in adapters if weight])
-    if preferred is not None:
-        having = with_tokenizer([adapters[preferred][0]]) or having
-    if not having:
-        return (), ()
-    whose = listed([one.path for one in having])
-    if inside:
-        return (), [f"a single file has no tokenizer beside it: that of {whose} stays behind; a folder would have it"]
-    if not is_one_tokenizer(having):
-        return (), [f"the tokenizers of {whose} differ, and none goes along; --prefer ADAPTER says whose does"]
-    return [copied(name, path) for name, path in sorted(having[0].side_files.items())], ()
 
 
 def _require_possible(mixture: Mixture, request: Request) -> None:

@@ -156,10 +156,11 @@ def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound] | Non
     if base is None:
         return None
     structure = open_structure(base, [adapter for adapter, _ in adapters], None)
-    bindings = [bind(base, structure, adapter) for adapter, _ in adapters]
+    weighing = [adapter for adapter, weight in adapters if weight]
+    bindings = [bind(base, structure, adapter) for adapter in weighing]
     names: dict[str, tuple[str, bool, str]] = {}
     places: dict[str, tuple[set[str], str]] = {}
-    for (adapter, _), binding in zip(adapters, bindings, strict=True):
+    for adapter, binding in zip(weighing, bindings, strict=True):
         targets: dict[str, set[str]] = {}
         for one in binding.bound:
             targets.setdefault(one.source.path, set()).add(one.target.name)
@@ -168,7 +169,7 @@ def _bind(base: Checkpoint | None, adapters: Weighted) -> dict[int, Bound] | Non
             if theirs.isdisjoint(ours):
                 raise AdapterMismatch(
                     f"{layer!r} is {min(theirs)!r} to {path} and {min(ours)!r} to {adapter.path}, which were trained "
-                    f"on two parts of the model; an adapter can't have both under one name. {_MERGE}"
+                    f"on two parts of the model; an adapter cannot have both under one name. {_MERGE}"
                 )
         for one in binding.bound:
             called = one.source.module, one.is_whole, adapter.path

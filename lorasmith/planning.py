@@ -293,6 +293,7 @@ def _lacking(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> Iter
     """A warning of layers of the base that the adapter's config says were trained, and that it changes nothing of.
 
     Numbered layers count where it changes others beside them: an adapter of a language model alone has none in a tower.
+    What it has something for is not missed, wherever ``--rename`` puts that.
     """
     changed = {one.target.name for one in binding.bound}
     parts = stems(changed).keys()
@@ -310,15 +311,9 @@ def _lacking(checkpoint: Checkpoint, adapter: Adapter, binding: Binding) -> Iter
                 if module in layers:
                     layers[module].append(entry.name)
                 module = module.partition(".")[2]
-        missing = [
-            name
-            for name, found in layers.items()
-            if found
-            and changed.isdisjoint(found)
-            and not any(
-                f".{one.module}".endswith(f".{name}") for one in adapter.deltas
-            )  # as another layer's (--rename)
-        ]
+        unchanged = [name for name, found in layers.items() if found and changed.isdisjoint(found)]
+        own = [f".{one.module}" for one in adapter.deltas] if unchanged else []
+        missing = [name for name in unchanged if not any(module.endswith(f".{name}") for module in own)]
         if missing:
             yield (
                 f"{adapter.path}: its config names {listed(missing)} ({key}), which the base has, and it holds nothing "
@@ -333,10 +328,8 @@ def _base_names(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.folder is None:
         paths += [*(os.path.splitext(one)[0] for one in paths), *map(os.path.dirname, paths)]
     names = list(map(short, paths))
-    cached = re.search(r"models--[^/]*--([^/]+)/(?:snapshots|blobs)/", path.replace(os.sep, "/") + "/")
-    if cached:
-        names = [short(cached[1])]
-    if checkpoint.origin is not None:
-        names = [short(checkpoint.origin.repo)]
+    repo = checkpoint.repo
+    if repo is not None:
+        names = [short(repo)]
     own = checkpoint.config.get("_name_or_path")
     return [*names, short(own)] if isinstance(own, str) and own else names

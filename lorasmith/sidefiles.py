@@ -70,10 +70,10 @@ def _adapters_tokenizer(adapters: Sequence[Adapter], wanted: str | None) -> Mapp
     """The tokenizer files that replace the base's as one set; none where the base's stay."""
     if wanted not in (None, "base", "adapter"):
         raise BadOption(f"tokenizer {wanted!r} is neither base nor adapter")
-    having = [] if wanted == "base" else with_tokenizer(adapters)
+    having = [] if wanted == "base" else _with_tokenizer(adapters)
     if wanted == "adapter" and not having:
         raise BadOption("--tokenizer adapter was given, but no adapter folder holds a tokenizer")
-    if not is_one_tokenizer(having):
+    if not _is_one_tokenizer(having):
         raise BadOption(
             f"{listed([one.path for one in having])} carry different tokenizers; use --tokenizer base, "
             "or take the tokenizer files out of all but one adapter folder"
@@ -81,12 +81,29 @@ def _adapters_tokenizer(adapters: Sequence[Adapter], wanted: str | None) -> Mapp
     return having[0].side_files if having else {}
 
 
-def with_tokenizer(adapters: Sequence[Adapter]) -> list[Adapter]:
+def tokenizer_along(
+    adapters: Sequence[tuple[Adapter, float]], preferred: int | None, *, inside: bool
+) -> tuple[Sequence[SideFile], Sequence[str]]:
+    """The tokenizer that goes with a mix, not into a single file (``inside``), and what is to be said of it."""
+    having = _with_tokenizer([adapter for adapter, weight in adapters if weight])
+    if preferred is not None:
+        having = _with_tokenizer([adapters[preferred][0]]) or having
+    if not having:
+        return (), ()
+    whose = listed([one.path for one in having])
+    if inside:
+        return (), [f"a single file has no tokenizer beside it: that of {whose} stays behind; a folder would have it"]
+    if not _is_one_tokenizer(having):
+        return (), [f"the tokenizers of {whose} differ, and none goes along; --prefer ADAPTER says whose does"]
+    return [copied(name, path) for name, path in sorted(having[0].side_files.items())], ()
+
+
+def _with_tokenizer(adapters: Sequence[Adapter]) -> list[Adapter]:
     """Those that have a tokenizer, and not only a part of one, beside them."""
     return [one for one in adapters if any(name.startswith("token") for name in one.side_files)]
 
 
-def is_one_tokenizer(adapters: Sequence[Adapter]) -> bool:
+def _is_one_tokenizer(adapters: Sequence[Adapter]) -> bool:
     """Whether the tokenizer files beside adapters are the same ones."""
     return len({tuple((name, _read(path)) for name, path in sorted(one.side_files.items())) for one in adapters}) < 2
 

@@ -348,3 +348,11 @@ def test_a_base_with_a_nan_is_named(tmp_path: Path) -> None:
     with pytest.raises(lorasmith.NotFinite, match=r"layers\.1\.self_attn\.q_proj.*base's values"):
         lorasmith.mix([(one, 0.5)], tmp_path / "out", base=tmp_path / "base", rank=4)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_weight_0_has_no_say_in_what_layers_are_called(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    one, other = adapt(llama, tmp_path / "one", 1, **Q), adapt(llama, tmp_path / "other", 2, **Q)
+    file = other / "adapter_model.safetensors"
+    save_file({name.replace("model.model.layers", "model.layers"): t for name, t in load_file(file).items()}, file)
+    lorasmith.mix([one, (other, 0.0)], tmp_path / "mixed", base=tmp_path / "base")

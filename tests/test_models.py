@@ -172,3 +172,6 @@ def test_an_adapter_of_one_part_alone_is_that_part_s_by_its_class(tmp_path: Path
     assert "with 'model.layers.0.self_attn.q_proj.weight' in both: if these are two parts" in warning
     with pytest.raises(lorasmith.AdapterMismatch, match="were trained on two parts of the model"):
         lorasmith.mix(parts, tmp_path / "both", base=tmp_path / "base", overwrite=True)
+    for folder in parts:
+        with pytest.raises(lorasmith.AdapterMismatch, match=r"both fit .* or --rename joins them"):
+            lorasmith.merge(tmp_path / "base", folder, tmp_path / "joined", rename=[r"layers\.\d=layers.0"])

@@ -252,11 +252,12 @@ class Hub:
         headers = build_hf_headers(token=self._token, library_name="lorasmith", library_version=__version__)
         headers |= {"range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
         with told(origin.repo, self.api.endpoint):
-            got, broken = _received(url, headers, count)
-            for _ in range(ATTEMPTS - 1):
-                if broken is not None:
-                    got, broken = _received(url, headers, count)
-            if broken is not None:
+            for _ in range(ATTEMPTS):
+                got, broken = _received(url, headers, count)
+                if broken is None:
+                    break
+            else:
+                assert broken is not None
                 raise broken
         return got
 

@@ -133,26 +133,26 @@ def match(
     no tensor (unless ``allow_unmatched``), or when two readings fit equally; BadOption for a rename that does nothing.
     """
     wanted = _renamed([one.path for one in adapter.deltas], renames)
-    deltas = dict(zip(wanted, adapter.deltas, strict=True))
+    pairs = list(zip(wanted, adapter.deltas, strict=True))  # several may be of one name
+    deltas = dict(pairs)
     steps = steps_of(checkpoint.config, _architecture(checkpoint))
+    running = functools.cache(lambda: _Naming(checkpoint, tensors, runtime_names(steps, list(tensors))))
     part = _part(adapter, checkpoint)
     if part is not None:
-        run = _Naming(checkpoint, tensors, runtime_names(steps, list(tensors)))
-        views = {name: run.find(part + name) for name in deltas}
-        if all(views.values()):
-            return [Match(one, view) for name, one in deltas.items() if (view := views[name]) is not None], []
+        views = {name: view for name in deltas if (view := running().find(part + name)) is not None}
+        if views.keys() == deltas.keys():
+            return [Match(one, views[name]) for name, one in pairs], []
     stored = _Naming(checkpoint, tensors, {name: name for name in tensors})
     namings = [stored]
     best = _plain(stored, deltas)
     if len(steps) > len(steps_of({}, None)) or len(best) < len(deltas):
-        run = _Naming(checkpoint, tensors, runtime_names(steps, list(tensors)))
+        run = running()
         namings.append(run)
         if len(best) == len(deltas) and deltas.keys() <= run.known.keys():
             best = _agreed(adapter, deltas, best, {name: run.view(name) for name in deltas})
     for read in (_plain, _under_rule, _under_stems):
         if len(best) < len(deltas):
             best = max(best, *(read(naming, deltas) for naming in namings), key=len)
-    pairs = list(zip(wanted, adapter.deltas, strict=True))
     matched = [Match(one, best[name]) for name, one in pairs if name in best]
     left = [one for name, one in pairs if name not in best]
     lost = [(name, one) for name, one in pairs if name not in best and not one.may_be_new]
